@@ -1,0 +1,1 @@
+"""Pipeline schedules as data: built, lowered, verified, written to text. Pure Python: no torch, no Megatron."""
