@@ -45,7 +45,7 @@ class Kind(enum.Enum):
 
     F = "F"
     B = "B"
-    I = "I"  # noqa: E741 - the field's name for the input gradient
+    I = "I"
     W = "W"
     SEND = "SEND"
     RECV = "RECV"
