@@ -10,6 +10,11 @@ An edge is named after the layer it leaves in forward:
     M2N(i)    A(i)  -> F(i)      dispatch
     N2M(i)    F(i)  -> A(i+1)    combine
     LANE(i)   A(i)  -> A(i+1)    residual, shared-expert output, routing metadata
+    AGAIN(i)  A(i)  -> F(i)      the dispatch repeated before backward; forward direction only
+
+A stage ``F(i)`` of one micro-batch is *re-dispatched* where the group of ``A(i)`` has an action ``D`` for
+it: the FFN group drops the stage's input when its forward ends and gets it back over AGAIN(i) in time for
+its backward.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ class Group(NamedTuple):
     """One pipeline position of one side; its text form is ``A0``, ``F3``."""
 
     side: Side
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which no group needs
 
     def __str__(self) -> str:
         return f"{self.side.value}{self.index}"
@@ -39,6 +44,7 @@ class Group(NamedTuple):
 class Kind(enum.Enum):
     """What an action does. ``B`` is ``I`` followed at once by ``W``.
 
+    ``D`` (attention groups only) dispatches a stage's tokens a second time; it computes nothing.
     ``RECV`` *posts* a receive and never blocks; the compute action that needs the data waits for it.
     ``SEND`` starts a transfer and never blocks.
     """
@@ -47,16 +53,18 @@ class Kind(enum.Enum):
     B = "B"
     I = "I"
     W = "W"
+    D = "D"
     SEND = "SEND"
     RECV = "RECV"
 
 
 class Edge(enum.Enum):
-    """The three kinds of edge between stages (see the module's docstring)."""
+    """The kinds of edge between stages (see the module's docstring)."""
 
     M2N = "M2N"
     N2M = "N2M"
     LANE = "LANE"
+    AGAIN = "AGAIN"
 
 
 class Action(NamedTuple):
@@ -129,7 +137,7 @@ class Placement:
     def ends(self, edge: Edge, layer: int, *, gradient: bool = False) -> tuple[Group, Group]:
         """Sender and receiver of ``edge`` at ``layer``; swapped for the gradient."""
         source = self.ffn_group(layer) if edge is Edge.N2M else self.attention_group(layer)
-        target = self.ffn_group(layer) if edge is Edge.M2N else self.attention_group(layer + 1)
+        target = self.ffn_group(layer) if edge in (Edge.M2N, Edge.AGAIN) else self.attention_group(layer + 1)
         return (target, source) if gradient else (source, target)
 
     def is_local(self, edge: Edge, layer: int) -> bool:
