@@ -1,0 +1,1 @@
+"""Model, cluster and run files. Installed as ``megatron_disagmoe.configs``; found by ``megatron_disagmoe.files``."""
