@@ -7,8 +7,8 @@ Each sub-command lives in a module of its own and is imported only when it is ca
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
-import click
 import typer
 import typer.main
 from typer.core import TyperGroup
@@ -26,12 +26,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 class _LazyGroup(TyperGroup):
-    """Import a sub-command's module only when that sub-command is asked for."""
+    """Import a sub-command's module only when that sub-command is asked for.
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    Typer carries a private copy of click, whose types have no public names: hence ``Any``.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         module, _ = COMMANDS[cmd_name]
@@ -39,7 +42,7 @@ class _LazyGroup(TyperGroup):
         command.name = cmd_name
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
