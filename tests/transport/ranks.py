@@ -1,0 +1,110 @@
+"""Start a few real processes, run a function on each as a rank of one gloo world, reap them all."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "megatron_disagmoe.transport.torch_backend"])
+
+
+@dataclass
+class Outcome:
+    """How a rank ended: ``value`` if its function returned, ``error`` ("Type: message") if it raised."""
+
+    value: Any = None
+    error: str | None = None
+    exit_code: int | None = None
+    seconds: float = 0.0
+
+
+def _main(
+    rank: int, world_size: int, store: str, connection: Connection, function: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    start = time.monotonic()
+    try:
+        outcome = Outcome(value=function(rank, *args))
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+        IndexError,
+        TypeError,
+    ) as error:  # whatever a rank raises is what the test looks at
+        traceback.print_exc()
+        outcome = Outcome(error=f"{type(error).__name__}: {error}")
+    outcome.seconds = time.monotonic() - start
+    connection.send(outcome)
+    connection.close()
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    seconds: float = 50,
+    during: Callable[[list[int]], None] | None = None,
+) -> list[Outcome]:
+    """Run ``function(rank, *args)`` on ``world_size`` processes and return how each ended.
+
+    ``during`` is called with the process ids once all have started. A process that outlives ``seconds`` is
+    killed and has exit code -9; none is left behind.
+    """
+    deadline = time.monotonic() + seconds
+    outcomes = [Outcome() for _ in range(world_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        processes, connections = [], []
+        try:
+            for rank in range(world_size):
+                ours, theirs = _CONTEXT.Pipe(duplex=False)
+                arguments = (rank, world_size, str(Path(folder) / "store"), theirs, function, args)
+                process = _CONTEXT.Process(target=_main, args=arguments)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                connections.append(ours)
+            if during is not None:
+                during([process.pid for process in processes if process.pid is not None])
+            waiting = {connection: rank for rank, connection in enumerate(connections)}
+            while waiting and time.monotonic() < deadline:
+                for ready in wait(list(waiting), timeout=max(deadline - time.monotonic(), 0)):
+                    rank = waiting.pop(ready)
+                    with contextlib.suppress(EOFError):  # it died without a word: the exit code says how
+                        outcomes[rank] = ready.recv()
+            for process in processes:
+                process.join(max(deadline - time.monotonic(), 0))
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+    for outcome, process in zip(outcomes, processes, strict=True):
+        outcome.exit_code = process.exitcode
+    return outcomes
+
+
+def values(outcomes: list[Outcome]) -> list[Any]:
+    """The returned values; fails where a rank raised or died."""
+    for rank, outcome in enumerate(outcomes):
+        assert (outcome.error, outcome.exit_code) == (None, 0), f"rank {rank}: {outcome}"
+    return [outcome.value for outcome in outcomes]
+
+
+def shared_memory() -> set[str]:
+    """What lies in shared memory now."""
+    return set(os.listdir("/dev/shm"))
