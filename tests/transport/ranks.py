@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,10 @@ def run_ranks(
                 connections.append(ours)
             if during is not None:
                 during([process.pid for process in processes if process.pid is not None])
-            waiting = {connection: rank for rank, connection in enumerate(connections)}
-            while waiting and time.monotonic() < deadline:
-                for ready in wait(list(waiting), timeout=max(deadline - time.monotonic(), 0)):
-                    rank = waiting.pop(ready)
+            for rank, connection in enumerate(connections):
+                if connection.poll(max(deadline - time.monotonic(), 0)):
                     with contextlib.suppress(EOFError):  # it died without a word: the exit code says how
-                        outcomes[rank] = ready.recv()
+                        outcomes[rank] = connection.recv()
             for process in processes:
                 process.join(max(deadline - time.monotonic(), 0))
         finally:

@@ -6,10 +6,14 @@ import torch
 
 from megatron_disagmoe.transport.dispatch.base import Dispatcher, DispatchSizes, ExpertInput, gradient_spec
 from megatron_disagmoe.transport.dispatch.per_expert import PerExpertDispatcher
+from megatron_disagmoe.transport.dispatch.per_rank import PerRankDispatcher
 
 __all__ = ["DISPATCH_MODES", "DispatchSizes", "Dispatcher", "ExpertInput", "create_dispatcher", "gradient_spec"]
 
-_MODES: dict[str, type[Dispatcher]] = {PerExpertDispatcher.mode: PerExpertDispatcher}
+_MODES: dict[str, type[Dispatcher]] = {
+    PerExpertDispatcher.mode: PerExpertDispatcher,
+    PerRankDispatcher.mode: PerRankDispatcher,
+}
 #: Names that `create_dispatcher` knows.
 DISPATCH_MODES = tuple(_MODES)
 

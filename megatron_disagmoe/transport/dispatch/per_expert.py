@@ -13,6 +13,7 @@ import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec, Section
 from megatron_disagmoe.transport.dispatch.base import Dispatcher, ExpertInput, no_header
+from megatron_disagmoe.transport.dispatch.rows import concatenate, deinterleave, interleave, route_rows, select_probs
 
 
 @dataclass(frozen=True)
@@ -71,58 +72,10 @@ class PerExpertDispatcher(Dispatcher):
 
     def expert_input(self, received: list[Message]) -> ExpertInput:
         counts = [message.header.tolist() for message in received]
-        tokens = by_expert([message.sections[0] for message in received], counts)
-        probs = by_expert([message.sections[1] for message in received], counts).squeeze(-1)
+        tokens = interleave([message.sections[0] for message in received], counts)
+        probs = interleave([message.sections[1] for message in received], counts).squeeze(-1)
         per_expert = torch.stack([message.header for message in received]).sum(dim=0)
         return ExpertInput(tokens, per_expert, probs, PerExpertExpertState(counts))
 
     def expert_output(self, output: torch.Tensor, state: PerExpertExpertState) -> list[Message]:
-        return [Message(no_header(), (rows,)) for rows in by_rank(output, state.counts)]
-
-
-@dataclass(frozen=True)
-class RoutedRows:
-    """The (token, expert) pairs of a routing map, by expert, then by token.
-
-    Attributes:
-        token: int64 ``[rows]``.
-        expert: int64 ``[rows]``.
-        counts: int64 ``[E]`` on the host, rows of each expert.
-    """
-
-    token: torch.Tensor
-    expert: torch.Tensor
-    counts: torch.Tensor
-
-
-def route_rows(routing_map: torch.Tensor) -> RoutedRows:
-    """List the pairs of ``routing_map`` (bool ``[T, E]``) in Megatron's order."""
-    expert, token = routing_map.T.nonzero(as_tuple=True)
-    return RoutedRows(token, expert, routing_map.sum(dim=0).cpu())
-
-
-def select_probs(probs: torch.Tensor, rows: RoutedRows) -> torch.Tensor:
-    """``[rows]``: the probability of each pair, from ``probs`` ``[T, E]``."""
-    return probs.reshape(-1).index_select(0, rows.token * probs.shape[1] + rows.expert)
-
-
-def concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of all parts; no copy where there is one part."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def by_expert(parts: list[torch.Tensor], counts: list[list[int]]) -> torch.Tensor:
-    """Rows that each attention rank sorted by expert, merged: by expert, then by attention rank."""
-    if len(parts) == 1:
-        return parts[0]
-    chunks = [part.split(sizes) for part, sizes in zip(parts, counts, strict=True)]
-    return torch.cat([chunk[e] for e in range(len(counts[0])) for chunk in chunks])
-
-
-def by_rank(rows: torch.Tensor, counts: list[list[int]]) -> list[torch.Tensor]:
-    """Inverse of `by_expert`."""
-    if len(counts) == 1:
-        return [rows]
-    num_experts, num_ranks = len(counts[0]), len(counts)
-    chunks = rows.split([counts[m][e] for e in range(num_experts) for m in range(num_ranks)])
-    return [concatenate(list(chunks[m::num_ranks])) for m in range(num_ranks)]
+        return [Message(no_header(), (rows,)) for rows in deinterleave(output, state.counts)]
