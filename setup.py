@@ -15,6 +15,9 @@ DATA_PACKAGES = {"megatron_disagmoe.configs": "configs", "megatron_disagmoe.patc
 setup(
     packages=[*find_packages(include=["megatron_disagmoe", "megatron_disagmoe.*"]), *DATA_PACKAGES],
     package_dir=DATA_PACKAGES,
-    package_data={package: ["*", "**/*"] for package in DATA_PACKAGES},
+    package_data={
+        **{package: ["*", "**/*"] for package in DATA_PACKAGES},
+        "megatron_disagmoe.drawing": ["viewer/*"],  # the HTML page's own code
+    },
     exclude_package_data={"": ["__pycache__/*", "*.pyc"]},
 )
