@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from megatron_disagmoe.transport.dispatch.base import Dispatcher, DispatchSizes, ExpertInput, gradient_spec
+from megatron_disagmoe.transport.dispatch.base import (
+    CombineState,
+    Dispatcher,
+    DispatchSizes,
+    ExpertInput,
+    gradient_spec,
+)
 from megatron_disagmoe.transport.dispatch.per_expert import PerExpertDispatcher
 from megatron_disagmoe.transport.dispatch.per_rank import PerRankDispatcher
 
-__all__ = ["DISPATCH_MODES", "DispatchSizes", "Dispatcher", "ExpertInput", "create_dispatcher", "gradient_spec"]
+__all__ = [
+    "DISPATCH_MODES",
+    "CombineState",
+    "DispatchSizes",
+    "Dispatcher",
+    "ExpertInput",
+    "create_dispatcher",
+    "gradient_spec",
+]
 
 _MODES: dict[str, type[Dispatcher]] = {
     PerExpertDispatcher.mode: PerExpertDispatcher,

@@ -83,6 +83,20 @@ class ExpertInput(NamedTuple):
     state: Any
 
 
+@dataclass(frozen=True)
+class CombineState:
+    """What an attention rank needs to put a micro-batch back together; the lane carries it to the next stage.
+
+    Attributes:
+        token_of_row: int64 ``[rows]``, the token behind each row sent, all FFN ranks in order; None where the rows
+            are the tokens.
+        num_tokens: ``T``.
+    """
+
+    token_of_row: torch.Tensor | None
+    num_tokens: int
+
+
 class Dispatcher(ABC):
     """One dispatch mode for given sizes. Holds no state between micro-batches."""
 
@@ -111,7 +125,7 @@ class Dispatcher(ABC):
     @abstractmethod
     def dispatch(
         self, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
-    ) -> tuple[list[Message], Any]:
+    ) -> tuple[list[Message], CombineState]:
         """Attention side: one message per FFN rank, and the state that `combine` needs.
 
         Args:
@@ -124,7 +138,7 @@ class Dispatcher(ABC):
         """
 
     @abstractmethod
-    def combine(self, received: list[Message], state: Any) -> torch.Tensor:
+    def combine(self, received: list[Message], state: CombineState) -> torch.Tensor:
         """Attention side: ``[T, h]`` from one N2M message per FFN rank."""
 
     @abstractmethod

@@ -12,16 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec, Section
-from megatron_disagmoe.transport.dispatch.base import Dispatcher, ExpertInput, no_header
+from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, ExpertInput, no_header
 from megatron_disagmoe.transport.dispatch.rows import concatenate, deinterleave, interleave, route_rows, select_probs
-
-
-@dataclass(frozen=True)
-class PerExpertState:
-    """``token_of_row``: int64 ``[rows]``, the token behind each row sent, all FFN ranks in order."""
-
-    token_of_row: torch.Tensor
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class PerExpertDispatcher(Dispatcher):
 
     def dispatch(
         self, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
-    ) -> tuple[list[Message], PerExpertState]:
+    ) -> tuple[list[Message], CombineState]:
         self._check_tokens(hidden)
         s = self.sizes
         rows = route_rows(routing_map)
@@ -61,9 +53,10 @@ class PerExpertDispatcher(Dispatcher):
         tokens = hidden.index_select(0, rows.token).split(rows_per_rank)
         row_probs = select_probs(probs, rows).unsqueeze(-1).split(rows_per_rank)
         messages = [Message(counts[n], (tokens[n], row_probs[n])) for n in range(s.num_ffn_ranks)]
-        return messages, PerExpertState(rows.token, hidden.shape[0])
+        return messages, CombineState(rows.token, hidden.shape[0])
 
-    def combine(self, received: list[Message], state: PerExpertState) -> torch.Tensor:
+    def combine(self, received: list[Message], state: CombineState) -> torch.Tensor:
+        assert state.token_of_row is not None
         rows = concatenate([message.sections[0] for message in received])
         output = rows.new_zeros(state.num_tokens, rows.shape[1])
         if torch.are_deterministic_algorithms_enabled():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec, Section
-from megatron_disagmoe.transport.dispatch.base import Dispatcher, ExpertInput, no_header
+from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, ExpertInput, no_header
 from megatron_disagmoe.transport.dispatch.rows import (
     concatenate,
     gather_rows,
@@ -21,14 +21,6 @@ from megatron_disagmoe.transport.dispatch.rows import (
     select_probs,
     sum_rows,
 )
-
-
-@dataclass(frozen=True)
-class PerRankState:
-    """``token_of_row``: int64 ``[rows]``, the token behind each row sent; None where rows are the tokens."""
-
-    token_of_row: torch.Tensor | None
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class PerRankDispatcher(Dispatcher):
 
     def dispatch(
         self, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
-    ) -> tuple[list[Message], PerRankState]:
+    ) -> tuple[list[Message], CombineState]:
         self._check_tokens(hidden)
         s = self.sizes
         pairs = route_rows(routing_map)
@@ -75,15 +67,15 @@ class PerRankDispatcher(Dispatcher):
         rows_per_rank = goes.sum(dim=1).tolist()
         if s.num_ffn_ranks == 1 and rows_per_rank[0] == hidden.shape[0]:
             tokens: tuple[torch.Tensor, ...] = (hidden.view_as(hidden),)
-            state = PerRankState(None, hidden.shape[0])
+            state = CombineState(None, hidden.shape[0])
         else:
             tokens = gather_rows(hidden, token_of_row).split(rows_per_rank)
-            state = PerRankState(token_of_row, hidden.shape[0])
+            state = CombineState(token_of_row, hidden.shape[0])
         pair_probs = select_probs(probs, pairs).unsqueeze(-1).split(pairs_per_rank)
         messages = [Message(counts[n], (tokens[n], pair_probs[n], row[n])) for n in range(s.num_ffn_ranks)]
         return messages, state
 
-    def combine(self, received: list[Message], state: PerRankState) -> torch.Tensor:
+    def combine(self, received: list[Message], state: CombineState) -> torch.Tensor:
         rows = concatenate([message.sections[0] for message in received])
         if state.token_of_row is None:
             return rows
