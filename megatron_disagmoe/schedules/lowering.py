@@ -108,6 +108,13 @@ def compute_only(schedule: Schedule) -> Schedule:
     )
 
 
+def lowered(schedule: Schedule) -> Schedule:
+    """``schedule`` as it runs: with its transfers derived where it has none at all, else as it is."""
+    if any(action.kind in TRANSFER for actions in schedule.actions.values() for action in actions):
+        return schedule
+    return post_receives(add_communication(schedule))
+
+
 def add_communication(schedule: Schedule) -> Schedule:
     """Derive every transfer: SEND right after the compute that makes it, RECV just before the one that needs it.
 

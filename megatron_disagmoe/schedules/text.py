@@ -105,8 +105,8 @@ def _head(kind: Kind, layer: int, edge: Edge | None, gradient: bool) -> str:
     """An action's text up to and with the dot; the micro-batch follows."""
     if (edge is None) == (kind in TRANSFER) or (edge is None and gradient):
         raise ValueError(
-            f"an action of kind {kind.value} with edge {edge} and gradient {gradient} cannot be written: transfers name "
-            "an edge, computes name neither"
+            f"an action of kind {kind.value} with edge {edge} and gradient {gradient} cannot be written: transfers "
+            "name an edge, computes name neither"
         )
     if edge is None:
         return f"{kind.value}{layer}."

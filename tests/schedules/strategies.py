@@ -1,10 +1,12 @@
-"""Hypothesis strategies for schedules: arbitrary ones (not necessarily runnable)."""
+"""Hypothesis strategies for schedules: arbitrary ones, and ones that can run."""
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import strategies as st
 
-from megatron_disagmoe.schedules.actions import Action, Edge, Kind, Placement, Schedule
+from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
 
 _COMPUTE = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.D)
 _numbers = st.integers(0, 10**6)
@@ -43,4 +45,58 @@ def any_schedules(draw: st.DrawFn) -> Schedule:
         forward_only=draw(st.booleans()),
         actions={group: tuple(draw(st.lists(computes | transfers, max_size=8))) for group in groups},
         parameters=draw(st.dictionaries(parameter_names, json_values, max_size=3)),
+    )
+
+
+@st.composite
+def runnable_computes(draw: st.DrawFn) -> Schedule:
+    """Compute-only schedules in any order that could run: a random walk over what is ready.
+
+    Backward is split at some stages and not at others; some FFN stages are dispatched again.
+    """
+    placement = draw(placements())
+    micro_batches, forward_only = draw(st.integers(1, 4)), draw(st.booleans())
+    again_share, split_share = draw(st.sampled_from((0.0, 0.5))), draw(st.sampled_from((0.0, 0.5, 1.0)))
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    layers = placement.num_layers
+    lists: dict[Group, list[Action]] = {group: [] for group in placement.groups}
+    ready: list[tuple[Group, Action]] = []
+
+    def offer(side: Side, kind: Kind, layer: int, micro_batch: int) -> None:
+        group = placement.attention_group(layer) if side is Side.A else placement.ffn_group(layer)
+        ready.append((group, Action(kind, layer, micro_batch)))
+
+    def offer_backward(side: Side, layer: int, micro_batch: int) -> None:
+        offer(side, Kind.I if rng.random() < split_share else Kind.B, layer, micro_batch)
+
+    for micro_batch in range(micro_batches):
+        offer(Side.A, Kind.F, 0, micro_batch)
+    while ready:
+        group, action = ready.pop(rng.randrange(len(ready)))
+        lists[group].append(action)
+        kind, layer, micro_batch = action.kind, action.layer, action.micro_batch
+        if kind is Kind.F:
+            if group.side is Side.F:
+                offer(Side.A, Kind.F, layer + 1, micro_batch)
+            elif layer < layers:
+                offer(Side.F, Kind.F, layer, micro_batch)
+            elif not forward_only:
+                offer_backward(Side.A, layer, micro_batch)
+        elif kind in (Kind.B, Kind.I):
+            if kind is Kind.I:
+                offer(group.side, Kind.W, layer, micro_batch)
+            if group.side is Side.F:
+                offer_backward(Side.A, layer, micro_batch)
+            elif layer > 0 and rng.random() < again_share:
+                offer(Side.A, Kind.D, layer - 1, micro_batch)
+            elif layer > 0:
+                offer_backward(Side.F, layer - 1, micro_batch)
+        elif kind is Kind.D:
+            offer_backward(Side.F, layer, micro_batch)
+    return Schedule(
+        placement=placement,
+        num_micro_batches=micro_batches,
+        forward_only=forward_only,
+        actions={group: tuple(actions) for group, actions in lists.items()},
+        parameters={},
     )
