@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 import shlex
 import sys
 import time
@@ -19,6 +20,8 @@ from megatron_disagmoe.quickstart.progress import StepProgress
 from megatron_disagmoe.training_log import TrainingLog
 
 _LAST_LINES = 25
+#: Where torchrun's long report of a dead worker begins; what the worker itself said stands before it.
+_TORCHRUN_SUMMARY = re.compile(r"torch/distributed/elastic/multiprocessing/api\.py.* failed \(exitcode")
 
 
 class Failed(Exception):
@@ -66,9 +69,12 @@ def train(job: Job, *, steps: int, data: Path, folder: Path, console: Console) -
 
 def _run(words: Sequence[str], what: str, *, log: Path, each_line: Callable[[str], None] = lambda line: None) -> None:
     last: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+    summary_begun = False
     with running(words, log=log, environment=ENVIRONMENT) as (child, lines):
         for line in lines:
-            last.append(line)
+            summary_begun = summary_begun or _TORCHRUN_SUMMARY.search(line) is not None
+            if not summary_begun:
+                last.append(line)
             each_line(line)
         code = child.wait()
     if code != 0:
