@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
+from megatron_disagmoe.schedules.actions import Edge, Group, Kind, Placement, Schedule, Side
 
 #: Kinds that use a group's compute stream (``D`` is authored among them but takes no time there).
 COMPUTE = frozenset((Kind.F, Kind.B, Kind.I, Kind.W, Kind.D))
@@ -82,8 +82,3 @@ def redispatched(schedule: Schedule) -> frozenset[tuple[int, int]]:
         for action in actions
         if action.kind is Kind.D
     )
-
-
-def transfer(kind: Kind, port: Port, micro_batch: int) -> Action:
-    """The ``SEND`` or ``RECV`` of ``port`` for one micro-batch."""
-    return Action(kind, port.layer, micro_batch, port.edge, port.gradient)

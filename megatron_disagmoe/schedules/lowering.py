@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from megatron_disagmoe.schedules.actions import Action, Group, Kind, Schedule, Side
+from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Schedule, Side
 from megatron_disagmoe.schedules.dataflow import (
     COMPUTE,
     TRANSFER,
@@ -23,19 +24,30 @@ from megatron_disagmoe.schedules.dataflow import (
     inputs,
     outputs,
     redispatched,
-    transfer,
 )
 
 #: Nominal times that decide how early a receive is posted; safety does not depend on them, only buffer counts do.
 _NOMINAL_TIME = {Kind.F: 1.0, Kind.B: 2.0, Kind.I: 1.0, Kind.W: 1.0, Kind.D: 0.0}
 _NOMINAL_TRANSFER = 0.5
 
-_Item = tuple[int, int]
-"""One transfer: (number of its port in the wiring, micro-batch)."""
+
+class _Step(NamedTuple):
+    """What a compute action waits for and makes, as numbers of ports, and its nominal time."""
+
+    needs: tuple[int, ...]
+    makes: tuple[int, ...]
+    time: float
+
+
+_NO_SUCH_STAGE = _Step((), (), 0.0)
 
 
 class _Wiring:
-    """Ports of a schedule as small integers, and what every stage needs from and makes for other groups."""
+    """Ports of a schedule as small integers, and what every stage needs from and makes for other groups.
+
+    An *item* is one port's message of one micro-batch in one integer, which hashes faster than a tuple. Enum members
+    are looked up by identity for the same reason: their hash is Python code.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.placement = schedule.placement
@@ -43,58 +55,56 @@ class _Wiring:
         self.ports: list[Port] = []
         self.channels: list[Channel] = []
         self.channel_of_port: list[int] = []
-        self._port_number: dict[Port, int] = {}
+        self._port_number: dict[tuple[int, bool, int], int] = {}
         self._channel_number: dict[Channel, int] = {}
-        layers = schedule.placement.num_layers
-        stages = {Side.A: layers + 1, Side.F: layers}
-        self.needs: dict[tuple[Side, bool], dict[Kind, dict[int, tuple[int, ...]]]] = {
-            (side, again): {
-                kind: {
-                    layer: self._numbers(inputs(side, kind, layer, num_layers=layers, again=again))
-                    for layer in range(stages[side])
-                }
-                for kind in COMPUTE
-            }
+        self._steps = {
+            (side, again): {id(kind): self._steps_of_kind(side, kind, again) for kind in COMPUTE}
             for side in Side
             for again in (False, True)
         }
-        self.makes: dict[Side, dict[Kind, dict[int, tuple[int, ...]]]] = {
-            side: {
-                kind: {
-                    layer: self._numbers(outputs(side, kind, layer, num_layers=layers)) for layer in range(stages[side])
-                }
-                for kind in COMPUTE
-            }
-            for side in Side
-        }
+
+    def _steps_of_kind(self, side: Side, kind: Kind, again: bool) -> list[_Step]:
+        layers = self.placement.num_layers
+        return [
+            _Step(
+                self._numbers(inputs(side, kind, layer, num_layers=layers, again=again)),
+                self._numbers(outputs(side, kind, layer, num_layers=layers)),
+                _NOMINAL_TIME[kind],
+            )
+            for layer in range(layers + (side is Side.A))
+        ]
 
     def _numbers(self, ports: Iterable[Port]) -> tuple[int, ...]:
         return tuple(self._number(port) for port in ports if not self.placement.is_local(port.edge, port.layer))
 
     def _number(self, port: Port) -> int:
-        if port not in self._port_number:
-            self._port_number[port] = len(self.ports)
+        key = id(port.edge), port.gradient, port.layer
+        if key not in self._port_number:
+            self._port_number[key] = len(self.ports)
             self.ports.append(port)
-            channel = channel_of(self.placement, port)
-            if channel not in self._channel_number:
-                self._channel_number[channel] = len(self.channels)
-                self.channels.append(channel)
-            self.channel_of_port.append(self._channel_number[channel])
-        return self._port_number[port]
+            channel = self._channel_number.setdefault(channel_of(self.placement, port), len(self.channels))
+            if channel == len(self.channels):
+                self.channels.append(channel_of(self.placement, port))
+            self.channel_of_port.append(channel)
+        return self._port_number[key]
 
-    def number_of(self, action: Action) -> int | None:
-        """Number of the port that a SEND or RECV names; None where no stage needs it."""
-        assert action.edge is not None, "only transfers name an edge"
-        return self._port_number.get(Port(action.edge, action.gradient, action.layer))
+    def steps(self, group: Group, computes: Iterable[Action]) -> list[_Step]:
+        """What each compute action of a group needs and makes; nothing where there is no such stage."""
+        plain, repeated = self._steps[group.side, False], self._steps[group.side, True]
+        again = self.again if group.side is Side.F else frozenset()
+        result = []
+        for kind, layer, micro_batch, _, _ in computes:
+            steps = (repeated if again and (layer, micro_batch) in again else plain)[id(kind)]
+            result.append(steps[layer] if 0 <= layer < len(steps) else _NO_SUCH_STAGE)
+        return result
 
-    def inputs_of(self, side: Side, action: Action) -> tuple[int, ...]:
-        """Ports that a compute action waits for."""
-        again = side is Side.F and (action.layer, action.micro_batch) in self.again
-        return self.needs[side, again][action.kind].get(action.layer, ())
+    def port(self, edge: Edge | None, gradient: bool, layer: int) -> int | None:
+        """Number of the port that a transfer names; None where no stage needs it."""
+        return self._port_number.get((id(edge), gradient, layer))
 
-    def outputs_of(self, side: Side, action: Action) -> tuple[int, ...]:
-        """Ports that a compute action fills."""
-        return self.makes[side][action.kind].get(action.layer, ())
+
+def _item(port: int, micro_batch: int) -> int:
+    return (port << 32) + micro_batch
 
 
 def compute_only(schedule: Schedule) -> Schedule:
@@ -102,7 +112,7 @@ def compute_only(schedule: Schedule) -> Schedule:
     return dataclasses.replace(
         schedule,
         actions={
-            group: tuple(action for action in actions if action.kind not in TRANSFER)
+            group: tuple(action for action in actions if action.kind is not Kind.SEND and action.kind is not Kind.RECV)
             for group, actions in schedule.actions.items()
         },
     )
@@ -123,53 +133,58 @@ def add_communication(schedule: Schedule) -> Schedule:
     """
     schedule = compute_only(schedule)
     wiring = _Wiring(schedule)
-    sent: list[list[_Item]] = [[] for _ in wiring.channels]
-    place: dict[_Item, int] = {}
+    steps = {group: wiring.steps(group, actions) for group, actions in schedule.actions.items()}
+    sent: list[list[Action]] = [[] for _ in wiring.channels]  # the receives of each channel in the order of its sends
+    place: dict[int, int] = {}  # of each item among the sends of its channel
     for group, actions in schedule.actions.items():
-        for action in actions:
-            for port in wiring.outputs_of(group.side, action):
+        for action, step in zip(actions, steps[group], strict=True):
+            for port in step.makes:
                 order = sent[wiring.channel_of_port[port]]
-                place[port, action.micro_batch] = len(order)
-                order.append((port, action.micro_batch))
+                place[_item(port, action.micro_batch)] = len(order)
+                order.append(_transfer(Kind.RECV, wiring.ports[port], action.micro_batch))
     received = [0] * len(wiring.channels)
     return dataclasses.replace(
         schedule,
         actions={
-            group: tuple(_with_transfers(group, actions, wiring, sent, place, received))
+            group: _with_transfers(actions, steps[group], wiring, sent, place, received)
             for group, actions in schedule.actions.items()
         },
     )
 
 
+def _transfer(kind: Kind, port: Port, micro_batch: int) -> Action:
+    return Action(kind, port.layer, micro_batch, port.edge, port.gradient)
+
+
 def _with_transfers(
-    group: Group,
     actions: tuple[Action, ...],
+    steps: list[_Step],
     wiring: _Wiring,
-    sent: list[list[_Item]],
-    place: dict[_Item, int],
+    sent: list[list[Action]],
+    place: dict[int, int],
     received: list[int],
-) -> list[Action]:
+) -> tuple[Action, ...]:
     """One group's list with its transfers; ``received`` counts, per channel, the receives emitted so far."""
     result: list[Action] = []
-    for action in actions:
+    for action, (needs, makes, _) in zip(actions, steps, strict=True):
         micro_batch = action.micro_batch
-        for port in wiring.inputs_of(group.side, action):
-            position = place.get((port, micro_batch))
+        for port in needs:
+            position = place.get(_item(port, micro_batch))
             if position is None:  # nobody makes it; keep the receive so that the verifier can name it
-                result.append(transfer(Kind.RECV, wiring.ports[port], micro_batch))
+                result.append(_transfer(Kind.RECV, wiring.ports[port], micro_batch))
                 continue
             channel = wiring.channel_of_port[port]
-            for other, other_micro_batch in sent[channel][received[channel] : position + 1]:
-                result.append(transfer(Kind.RECV, wiring.ports[other], other_micro_batch))
-            received[channel] = max(received[channel], position + 1)
+            if position >= received[channel]:
+                result.extend(sent[channel][received[channel] : position + 1])
+                received[channel] = position + 1
         result.append(action)
-        for port in wiring.outputs_of(group.side, action):
-            result.append(transfer(Kind.SEND, wiring.ports[port], micro_batch))
-    return result
+        for port in makes:
+            result.append(_transfer(Kind.SEND, wiring.ports[port], micro_batch))
+    return tuple(result)
 
 
 def post_receives(schedule: Schedule, *, ahead: int = 2) -> Schedule:
-    """Move every RECV to before the ``ahead`` compute actions in front of the one that needs it, or earlier.
+    """Move every RECV to before the ``ahead`` compute actions in front of it, or earlier.
 
     A RECV goes earlier still where its message is made earlier in a nominal run (forward 1, backward 2, transfer 0.5):
     it then stands before the first compute action that ends after the producer did. This is what makes the result
@@ -178,7 +193,8 @@ def post_receives(schedule: Schedule, *, ahead: int = 2) -> Schedule:
 
     Args:
         schedule: with the transfers of ``add_communication``.
-        ahead: compute actions between a receive and its consumer, at least; 0 leaves only what rendezvous asks for.
+        ahead: compute actions between a receive and where it stood, at least (the start of the list allowing); 0 leaves
+            only what rendezvous asks for.
 
     Raises:
         ValueError: where ``ahead`` is negative.
@@ -186,7 +202,7 @@ def post_receives(schedule: Schedule, *, ahead: int = 2) -> Schedule:
     if ahead < 0:
         raise ValueError(f"ahead is {ahead}; a receive cannot be posted after its consumer: use 0 or more")
     wiring = _Wiring(schedule)
-    ends, produced = _nominal_run(schedule, wiring)
+    ends, produced = _nominal_run(compute_only(schedule), wiring)
     return dataclasses.replace(
         schedule,
         actions={
@@ -200,74 +216,81 @@ _End = tuple[float, int]
 """When a compute action ended in the nominal run, and how many had been taken before it: a total order."""
 
 
-def _nominal_run(schedule: Schedule, wiring: _Wiring) -> tuple[dict[Group, list[_End]], dict[_Item, _End]]:
-    """Run the compute actions with sends that never block; actions that can never start are left out."""
-    computes = {
-        group: [action for action in actions if action.kind in COMPUTE] for group, actions in schedule.actions.items()
+def _nominal_run(schedule: Schedule, wiring: _Wiring) -> tuple[dict[Group, list[_End]], dict[int, _End]]:
+    """Run a compute-only schedule with sends that never block: ends of each group's actions, and of items' makers.
+
+    Actions that can never start are left out.
+    """
+    todo = {
+        group: [(action.micro_batch, *step) for action, step in zip(actions, wiring.steps(group, actions), strict=True)]
+        for group, actions in schedule.actions.items()
     }
-    ends: dict[Group, list[_End]] = {group: [] for group in computes}
-    produced: dict[_Item, _End] = {}
-    waiting: dict[_Item, Group] = {}
-    ready = list(reversed(computes))
+    ends: dict[Group, list[_End]] = {group: [] for group in todo}
+    produced: dict[int, _End] = {}
+    waiting: dict[int, Group] = {}
+    ready = list(reversed(todo))
     taken = 0
     while ready:
         group = ready.pop()
-        side, mine, done = group.side, computes[group], ends[group]
+        mine, done = todo[group], ends[group]
         now = done[-1][0] if done else 0.0
-        for action in mine[len(done) :]:
-            micro_batch = action.micro_batch
-            missing = False
-            for port in wiring.inputs_of(side, action):
-                made = produced.get((port, micro_batch))
-                if made is None:
-                    waiting[port, micro_batch] = group
-                    missing = True
+        for position in range(len(done), len(mine)):
+            micro_batch, needs, makes, time = mine[position]
+            for port in needs:
+                item = (port << 32) + micro_batch
+                if item not in produced:
                     break
-                now = max(now, made[0] + _NOMINAL_TRANSFER)
-            if missing:
-                break
-            now += _NOMINAL_TIME[action.kind]
-            taken += 1
-            done.append((now, taken))
-            for port in wiring.outputs_of(side, action):
-                produced.setdefault((port, micro_batch), (now, taken))
-                woken = waiting.pop((port, micro_batch), None)
-                if woken is not None:
-                    ready.append(woken)
+                arrival = produced[item][0] + _NOMINAL_TRANSFER
+                if arrival > now:
+                    now = arrival
+            else:
+                now += time
+                taken += 1
+                end = now, taken
+                done.append(end)
+                for port in makes:
+                    item = (port << 32) + micro_batch
+                    produced.setdefault(item, end)
+                    if item in waiting:
+                        ready.append(waiting.pop(item))
+                continue
+            waiting[item] = group
+            break
     return ends, produced
 
 
 def _reposted(
-    actions: tuple[Action, ...], wiring: _Wiring, ends: list[_End], produced: dict[_Item, _End], ahead: int
+    actions: tuple[Action, ...], wiring: _Wiring, ends: list[_End], produced: dict[int, _End], ahead: int
 ) -> tuple[Action, ...]:
     """One group's list with its receives moved."""
-    slots: list[list[Action]] = [[]]  # slots[k]: what stands between compute k-1 and compute k, sends only
+    slots: list[list[Action]] = [[]]  # slots[k]: the sends between compute k-1 and compute k
     computes: list[Action] = []
-    receives: list[tuple[Action, int]] = []  # with the slot it goes to
+    receives: list[tuple[Action, int, int | None]] = []  # with the slot it goes to, and its channel
     for action in actions:
-        if action.kind is Kind.RECV:
-            slot = max(0, len(computes) - ahead)
-            number = wiring.number_of(action)
-            made = produced.get((number, action.micro_batch)) if number is not None else None
-            if made is not None:
-                slot = min(slot, bisect_right(ends, made))
-            receives.append((action, slot))
-        elif action.kind is Kind.SEND:
+        kind, layer, micro_batch, edge, gradient = action
+        if kind is Kind.RECV:
+            slot, channel = max(0, len(computes) - ahead), None
+            port = wiring.port(edge, gradient, layer)
+            if port is not None:
+                channel = wiring.channel_of_port[port]
+                made = produced.get((port << 32) + micro_batch)
+                if made is not None:
+                    slot = min(slot, bisect_right(ends, made))
+            receives.append((action, slot, channel))
+        elif kind is Kind.SEND:
             slots[-1].append(action)
         else:
             computes.append(action)
             slots.append([])
     posted: list[list[Action]] = [[] for _ in slots]
     earliest: dict[int | None, int] = {}
-    for action, slot in reversed(receives):  # from the back: nothing may overtake on its channel
-        number = wiring.number_of(action)
-        channel = None if number is None else wiring.channel_of_port[number]
+    for action, slot, channel in reversed(receives):  # from the back: nothing may overtake on its channel
         earliest[channel] = slot = min(slot, earliest.get(channel, slot))
         posted[slot].append(action)
     result: list[Action] = []
-    for index, sends in enumerate(slots):
-        result.extend(sends)
-        result.extend(reversed(posted[index]))
-        if index < len(computes):
-            result.append(computes[index])
+    for sends, receives_here, compute in zip(slots, posted, [*computes, None], strict=True):
+        result += sends
+        result += reversed(receives_here)
+        if compute is not None:
+            result.append(compute)
     return tuple(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
@@ -101,6 +101,7 @@ def test_a_negative_distance_is_refused() -> None:
 
 
 @given(runnable_computes(), st.integers(0, 4))
+@settings(deadline=None)
 def test_whatever_can_run_is_safe_once_lowered(schedule: Schedule, ahead: int) -> None:
     communicating = add_communication(schedule)
     ready = post_receives(communicating, ahead=ahead)
@@ -112,6 +113,7 @@ def test_whatever_can_run_is_safe_once_lowered(schedule: Schedule, ahead: int) -
 
 
 @given(runnable_computes())
+@settings(deadline=None)
 def test_transfers_already_there_are_derived_anew(schedule: Schedule) -> None:
     assert add_communication(lowered(schedule)) == add_communication(schedule)
 

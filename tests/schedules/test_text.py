@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
 from megatron_disagmoe.schedules.text import ScheduleSyntaxError, action_text, dumps, load, loads, save
@@ -64,6 +64,7 @@ def test_text_by_hand() -> None:
 
 
 @given(any_schedules())
+@settings(deadline=None)
 def test_round_trip(schedule: Schedule) -> None:
     assert loads(dumps(schedule)) == schedule
 

@@ -38,6 +38,11 @@ class Report:
         """True where the schedule is safe to run."""
         return not self.counts
 
+    @property
+    def num_actions(self) -> int:
+        """Actions of all groups, transfers included."""
+        return sum(map(len, self.schedule.actions.values()))
+
     def explain(self) -> str:
         """Every fault with the grid around it, for people."""
         parts = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Kind, Side
-from megatron_disagmoe.schedules.dataflow import Channel, Port, channel_of, inputs, outputs, transfer
+from megatron_disagmoe.schedules.dataflow import Channel, Port, channel_of, inputs, outputs
 from megatron_disagmoe.schedules.verifier.faults import FaultKind, Findings, describe
 from megatron_disagmoe.schedules.verifier.table import EDGES, RECV, SEND, Bools, Ints, Table
 from megatron_disagmoe.schedules.verifier.work import Work, report
@@ -151,7 +151,7 @@ def _ends(table: Table, work: Work, ends: tuple[tuple[Kind, int] | None, ...], s
 def _transfer(table: Table, key: int, kind: Kind) -> Action:
     port, micro_batch = divmod(key, table.num_micro_batches)
     edge_and_way, layer = divmod(port, table.num_layers)
-    return transfer(kind, Port(EDGES[edge_and_way // 2], bool(edge_and_way % 2), layer), micro_batch)
+    return Action(kind, layer, micro_batch, EDGES[edge_and_way // 2], bool(edge_and_way % 2))
 
 
 def _check_matches(table: Table, found: Findings, send: Ints, receive: Ints, expected: Bools, user: Ints) -> None:
