@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 #: Names that `create_transport` knows.
-TRANSPORTS = ("torch",)
+TRANSPORTS = ("torch", "nixl")
 
 
 def create_transport(
@@ -52,10 +52,15 @@ def create_transport(
         timeout_seconds: how long one ``wait`` may last.
 
     Raises:
-        ValueError: for an unknown name, a timeout that is not positive, or channel names that repeat.
+        ValueError: for an unknown name, a timeout that is not positive, or channel names that repeat,
+            or where the package of ``nixl`` is missing.
     """
     if name == "torch":
         from megatron_disagmoe.transport.torch_backend import TorchTransport
 
         return TorchTransport(channels, device=device, timeout_seconds=timeout_seconds)
+    if name == "nixl":
+        from megatron_disagmoe.transport.nixl_backend import NixlTransport
+
+        return NixlTransport(channels, device=device, timeout_seconds=timeout_seconds)
     raise ValueError(f"unknown transport {name!r}; choose from {', '.join(TRANSPORTS)}")

@@ -265,3 +265,13 @@ def check_message(channel: ChannelSpec, key: TransferKey, message: Message, spec
             )
         rows.append(tensor.shape[0])
     return rows
+
+
+def check_same_spec(channel: ChannelSpec, peer: int, old: MessageSpec, new: MessageSpec) -> None:
+    """Refuse a second spec between two ranks on one channel: buffers already posted are sized by the first.
+
+    Raises:
+        ValueError: with both specs.
+    """
+    if old is not new and old != new:
+        raise ValueError(f"{channel.name}: messages with rank {peer} have been {old}; {new} needs a channel of its own")

@@ -38,6 +38,7 @@ from megatron_disagmoe.transport.base import (
     TransportError,
     TransportTimeout,
     check_message,
+    check_same_spec,
 )
 from megatron_disagmoe.transport.pool import HostPool
 from megatron_disagmoe.transport.wire import HELLO_WORDS, Layout, place, view_section
@@ -250,7 +251,7 @@ class TorchTransport(Transport):
             layout = Layout.of(spec, on_host=self.device.type == "cpu")
             pair = _SendPair(layout, dist.get_group_rank(groups.host, peer))
             self._send_pairs[channel.name, peer] = pair
-        _check_spec(channel, peer, pair.layout.spec, spec)
+        check_same_spec(channel, peer, pair.layout.spec, spec)
         record = pair.layout.pack(key, pair.sequence, message, rows)
         parts = [(groups.host, record, _RECORD_TAG)]
         if pair.sequence == 0:
@@ -293,7 +294,7 @@ class TorchTransport(Transport):
                 pair.bodies = [deque() for _ in layout.bodies]
                 pair.hello_work = groups.host.recv([pair.hello], pair.group_rank, _RECORD_TAG)
                 self._recv_pairs[channel.name, peer] = pair
-            _check_spec(channel, peer, pair.layout.spec, spec)
+            check_same_spec(channel, peer, pair.layout.spec, spec)
             recv.sequence = pair.sequence
             pair.sequence += 1
             if self._exact:
@@ -436,9 +437,3 @@ class TorchTransport(Transport):
             for group in {groups.host, groups.body}:
                 dist.destroy_process_group(group)
         self._groups = {}
-
-
-def _check_spec(channel: ChannelSpec, peer: int, old: MessageSpec, new: MessageSpec) -> None:
-    """Refuse a second spec between two ranks on one channel: posted buffers are sized by the first."""
-    if old is not new and old != new:
-        raise ValueError(f"{channel.name}: messages with rank {peer} have been {old}; {new} needs a channel of its own")

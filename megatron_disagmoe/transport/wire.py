@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -77,11 +78,16 @@ class Layout:
         record = num_words * 8 + sum(_align(spec.sections[i].max_bytes) for i in riders)
         return cls(spec, riders, tuple(i for i in sections if i not in riders), num_words, record)
 
+    @cached_property
+    def digest(self) -> int:
+        """A 56-bit digest of the spec: equal on both ends where their settings are."""
+        text = repr((self.spec, self.riders)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
     def hello(self) -> torch.Tensor:
         """int64 ``[HELLO_WORDS]``: magic, digest of the spec, header record's and bodies' largest size."""
-        digest = hashlib.blake2b(repr((self.spec, self.riders)).encode(), digest_size=7).digest()
         bodies = sum(self.spec.sections[i].max_bytes for i in self.bodies)
-        return torch.tensor([_MAGIC, int.from_bytes(digest, "little"), self.record_bytes, bodies], dtype=torch.int64)
+        return torch.tensor([_MAGIC, self.digest, self.record_bytes, bodies], dtype=torch.int64)
 
     def check_hello(self, where: str, hello: torch.Tensor) -> None:
         """Compare a peer's hello with our own.

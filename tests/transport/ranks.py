@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -49,7 +50,7 @@ def _main(
         traceback.print_exc()
         outcome = Outcome(error=f"{type(error).__name__}: {error}")
     outcome.seconds = time.monotonic() - start
-    connection.send(outcome)
+    connection.send_bytes(pickle.dumps(outcome))  # the plain one: tensors by value
     connection.close()
 
 
@@ -83,7 +84,7 @@ def run_ranks(
             for rank, connection in enumerate(connections):
                 if connection.poll(max(deadline - time.monotonic(), 0)):
                     with contextlib.suppress(EOFError):  # it died without a word: the exit code says how
-                        outcomes[rank] = connection.recv()
+                        outcomes[rank] = pickle.loads(connection.recv_bytes())
             for process in processes:
                 process.join(max(deadline - time.monotonic(), 0))
         finally:

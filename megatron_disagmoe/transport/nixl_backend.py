@@ -1,0 +1,555 @@
+"""The ``nixl`` transport: one-sided WRITE with notification over UCX (PyPI package ``nixl``).
+
+Between two hosts this is RDMA where there is a network for it (GPUDirect RDMA for CUDA tensors) and TCP where
+there is none; within a host, shared memory. Nobody meets anybody: a receiver offers a registered slot, the
+sender writes into it and a notification says that the data is there.
+
+    receiver -> sender   OFFER     slot address, capacity, generation of the metadata that describes it
+    sender -> receiver   ANNOUNCE  the header record with the counts, ahead of the payload
+    sender -> receiver   WRITE     the sections, packed, into the slot; with it travels
+                         DATA      the data is in the slot
+
+A sender writes only into what was offered, so a slow receiver is never overrun (flow control). Slots start at a
+quarter of the worst case that the message spec states; an announced message that does not fit makes the receiver
+offer a larger one, and later slots of that pair are as large. Slots are recycled. Metadata (connections, memory
+keys) is exchanged through torch's store only.
+
+NIXL's own progress thread spins on a core, so we run without it: a thread of ours makes progress every
+millisecond while something is under way, and whoever waits makes progress too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
+
+from megatron_disagmoe.transport.base import (
+    ChannelSpec,
+    Message,
+    MessageSpec,
+    RecvHandle,
+    SendHandle,
+    TransferKey,
+    Transport,
+    TransportError,
+    TransportTimeout,
+    check_message,
+    check_same_spec,
+)
+from megatron_disagmoe.transport.nixl_memory import RegisteredMemory, Slot
+from megatron_disagmoe.transport.wire import Layout, place, view_section
+
+_OFFER, _ANNOUNCE, _DATA, _PING = b"O", b"A", b"D", b"P"
+#: kind, channel number, sequence number
+_ENVELOPE = struct.Struct("<cIQ")
+#: slot address, capacity, metadata generation, spec digest
+_OFFER_BODY = struct.Struct("<QQIQ")
+#: payload bytes, spec digest; the header record follows
+_ANNOUNCE_BODY = struct.Struct("<QQ")
+_POLL_SECONDS = 0.001
+_WAIT_POLL_SECONDS = 0.00005
+#: How often a waiting rank checks that the peer still lives.
+_PING_SECONDS = 1.0
+_ALIGN = 64
+
+
+class _Offer(NamedTuple):
+    address: int
+    capacity: int
+    generation: int
+
+
+@dataclass(eq=False)
+class _SendState:
+    """One message on its way out."""
+
+    pair: _SendPair
+    where: str
+    sequence: int
+    size: int
+    slot: Slot | None
+    ready: torch.cuda.Event | None = None
+    handle: Any = None
+    done: bool = False
+    error: TransportError | None = None
+
+
+@dataclass(eq=False)
+class _SendPair:
+    """What this rank knows about one target on one channel; ``offers`` by sequence number."""
+
+    layout: Layout
+    number: int
+    peer: int
+    sequence: int = 0
+    offers: dict[int, _Offer] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _RecvPair:
+    """What this rank knows about one source on one channel, by sequence number; ``capacity``: of the next slot."""
+
+    layout: Layout
+    number: int
+    peer: int
+    capacity: int
+    sequence: int = 0
+    expected: dict[int, _Recv] = field(default_factory=dict)
+
+
+class _Send(SendHandle):
+    """The tensors were copied into registered memory, so they are free at once."""
+
+    def __init__(self, state: _SendState) -> None:
+        self._state = state
+
+    def wait(self) -> None:
+        if self._state.error is not None:
+            raise self._state.error
+
+
+class _Recv(RecvHandle):
+    """One posted receive."""
+
+    def __init__(self, transport: NixlTransport, channel: ChannelSpec, key: TransferKey, pair: _RecvPair) -> None:
+        self.transport, self.channel, self.key, self.pair = transport, channel, key, pair
+        self.sequence = pair.sequence
+        self.slot: Slot | None = None
+        self.record: torch.Tensor | None = None
+        self.size: int | None = None
+        self.has_data = False
+        self.error: TransportError | None = None
+        self.message: Message | None = None
+
+    @property
+    def where(self) -> str:
+        return place(self.channel, self.key, me=self.transport.rank, peer=self.pair.peer, receiving=True)
+
+    @property
+    def is_here(self) -> bool:
+        return self.error is not None or self.size == 0 or (self.size is not None and self.has_data)
+
+    def wait(self) -> Message:
+        if self.message is None:
+            self.message = self.transport._complete(self)
+        return self.message
+
+    def release(self) -> None:
+        self.message = None
+        slot, self.slot = self.slot, None
+        if slot is not None:
+            self.transport._give_back(slot)
+
+
+class NixlTransport(Transport):
+    """See the module's docstring; collective over the world to create.
+
+    Args:
+        channels: every channel of the job, in the same order on every rank.
+        device: where the sections live.
+        timeout_seconds: how long one wait may last.
+        store: where metadata is exchanged; torch.distributed's own by default.
+
+    Raises:
+        ValueError: where the package ``nixl`` is missing.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[ChannelSpec],
+        *,
+        device: torch.device,
+        timeout_seconds: float,
+        store: Store | None = None,
+    ) -> None:
+        super().__init__(channels, timeout_seconds=timeout_seconds)
+        self._api = _import_nixl()
+        self._errors = _nixl_errors()
+        self.device = device
+        self.rank = dist.get_rank()
+        self._store = PrefixStore("af-nixl", store or _get_default_store())
+        self._numbers = {channel.name: number for number, channel in enumerate(channels)}
+        mine = [channel for channel in channels if self.rank in channel.ranks]
+        self._peers = sorted({rank for channel in mine for rank in channel.ranks} - {self.rank})
+        self._agent = self._api.nixl_agent(
+            _agent_name(self.rank), self._api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        )
+        self._generation = 0
+        self._known_generation = dict.fromkeys(self._peers, 0)
+        self._sending = RegisteredMemory(self._agent, device=device)
+        self._receiving = RegisteredMemory(self._agent, device=device, publish=self._publish)
+        self._send_pairs: dict[tuple[int, int], _SendPair] = {}
+        self._recv_pairs: dict[tuple[int, int], _RecvPair] = {}
+        self._early: dict[tuple[int, int], list[bytes]] = {}
+        self._queued: deque[_SendState] = deque()
+        self._active: list[_SendState] = []
+        self._num_expected = 0
+        self._lost: dict[int, TransportError] = {}
+        self._error: TransportError | None = None
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._store.set(f"{self.rank}/0", self._agent.get_agent_metadata())
+        for peer in self._peers:
+            self._agent.add_remote_agent(self._store.get(f"{peer}/0"))
+        self._thread = threading.Thread(target=self._run, name="af-transport-nixl", daemon=True)
+        self._thread.start()
+
+    # ---- sending ----
+
+    def send(
+        self, channel: ChannelSpec, key: TransferKey, peer: int, message: Message, spec: MessageSpec
+    ) -> SendHandle:
+        rows = check_message(channel, key, message, spec)
+        where = place(channel, key, me=self.rank, peer=peer, receiving=False)
+        with self._lock:
+            self._raise_if_lost(where, peer)
+            pair = self._send_pair(channel, peer, spec)
+            check_same_spec(channel, peer, pair.layout.spec, spec)
+            offsets, size = _offsets(spec, rows)
+            slot = self._sending.take(size) if size else None
+        state = _SendState(pair, where, pair.sequence, size, slot)
+        if slot is not None:
+            for tensor, section, count, offset in zip(message.sections, spec.sections, rows, offsets, strict=True):
+                if count:
+                    target = slot.buffer[offset : offset + count * section.row_bytes]
+                    target.view(section.dtype).view(count, -1).copy_(tensor.detach())
+            if self.device.type == "cuda":
+                state.ready = torch.cuda.Event()
+                state.ready.record(torch.cuda.current_stream(self.device))
+        record = pair.layout.pack(key, pair.sequence, message, rows)
+        body = _ANNOUNCE_BODY.pack(size, pair.layout.digest) + record.numpy().tobytes()
+        with self._lock:
+            self._notify(peer, where, _envelope(_ANNOUNCE, pair.number, pair.sequence) + body)
+            pair.sequence += 1
+            self.traffic[channel.name].add(spec, rows, header=len(body))
+            if slot is None:
+                state.done = True
+            else:
+                self._queued.append(state)
+        self._wake.set()
+        return _Send(state)
+
+    def flush(self) -> None:
+        deadline = time.monotonic() + self.timeout_seconds
+        while True:
+            with self._lock:
+                self._progress()
+                if self._error is not None:
+                    raise self._error
+                waiting = [*self._active, *self._queued]
+            if not waiting:
+                return
+            if time.monotonic() > deadline:
+                raise TransportTimeout(
+                    f"{waiting[0].where}: not taken within {self.timeout_seconds:g} s (--af-timeout-seconds); "
+                    f"expected the peer to receive {waiting[0].size} bytes, had no sign of it"
+                )
+            time.sleep(_WAIT_POLL_SECONDS)
+
+    def _send_pair(self, channel: ChannelSpec, peer: int, spec: MessageSpec) -> _SendPair:
+        number = self._numbers[channel.name]
+        pair = self._send_pairs.get((number, peer))
+        if pair is None:
+            pair = self._send_pairs[number, peer] = _SendPair(Layout.of(spec, on_host=False), number, peer)
+            self._replay(number, peer)
+        return pair
+
+    # ---- receiving ----
+
+    def post_recv(self, channel: ChannelSpec, key: TransferKey, peer: int, spec: MessageSpec) -> RecvHandle:
+        number = self._numbers[channel.name]
+        with self._lock:
+            pair = self._recv_pairs.get((number, peer))
+            if pair is None:
+                layout = Layout.of(spec, on_host=False)
+                pair = _RecvPair(layout, number, peer, capacity=max(1, _worst_case(spec) // 4))
+                self._recv_pairs[number, peer] = pair
+            check_same_spec(channel, peer, pair.layout.spec, spec)
+            recv = _Recv(self, channel, key, pair)
+            self._raise_if_lost(recv.where, peer)
+            pair.expected[recv.sequence] = recv
+            pair.sequence += 1
+            self._num_expected += 1
+            if spec.sections:
+                self._offer(recv, pair.capacity)
+            self._replay(number, peer)
+        self._wake.set()
+        return recv
+
+    def _offer(self, recv: _Recv, size: int) -> None:
+        pair = recv.pair
+        recv.slot = self._receiving.take(size)
+        slot = recv.slot
+        body = _OFFER_BODY.pack(slot.address, slot.capacity, slot.generation, pair.layout.digest)
+        self._notify(pair.peer, recv.where, _envelope(_OFFER, pair.number, recv.sequence) + body)
+
+    def _complete(self, recv: _Recv) -> Message:
+        """Wait for a whole message."""
+        start = time.monotonic()
+        ping = start + _PING_SECONDS
+        while True:
+            with self._lock:
+                self._progress()
+                if recv.is_here:
+                    break
+                now = time.monotonic()
+                self._raise_if_lost(recv.where, recv.pair.peer, expected=_worst_case(recv.pair.layout.spec))
+                if now - start > self.timeout_seconds:
+                    expected = _worst_case(recv.pair.layout.spec) if recv.size is None else recv.size
+                    raise TransportTimeout(
+                        f"{recv.where}: nothing came within {self.timeout_seconds:g} s (--af-timeout-seconds); "
+                        f"expected {'up to ' if recv.size is None else ''}{expected} bytes, had 0"
+                    )
+                if now > ping:
+                    ping = now + _PING_SECONDS
+                    self._notify(recv.pair.peer, recv.where, _envelope(_PING, 0, 0))
+            time.sleep(_WAIT_POLL_SECONDS)
+        if recv.error is not None:
+            raise recv.error
+        assert recv.record is not None
+        layout = recv.pair.layout
+        message, rows = layout.unpack(recv.where, recv.key, recv.sequence, recv.record)
+        offsets, size = _offsets(layout.spec, rows)
+        if size != recv.size:
+            raise TransportError(f"{recv.where}: expected {size} bytes by the counts, had {recv.size}")
+        sections = [section.to(self.device) for section in message.sections]
+        for i, offset in enumerate(offsets):
+            if rows[i]:
+                assert recv.slot is not None
+                sections[i] = view_section(recv.slot.buffer[offset:], layout.spec, i, rows[i])
+        return Message(message.header, tuple(sections))
+
+    def _give_back(self, slot: Slot) -> None:
+        with self._lock:
+            self._receiving.give(slot)
+
+    # ---- progress; the lock is held ----
+
+    def _run(self) -> None:
+        while not self._closing:
+            with self._lock:
+                busy = bool(self._queued or self._active or self._num_expected)
+                if busy and not self._closing:
+                    self._progress()
+                else:
+                    self._wake.clear()
+            if busy:
+                time.sleep(_POLL_SECONDS)
+            else:
+                self._wake.wait()
+
+    def _progress(self) -> None:
+        for name, notes in self._agent.get_new_notifs().items():
+            peer = _agent_rank(name)
+            for note in notes:
+                self._take_note(peer, note)
+        self._finish_writes()
+        self._start_writes()
+
+    def _take_note(self, peer: int, note: bytes) -> None:
+        kind, number, sequence = _ENVELOPE.unpack_from(note)
+        body = note[_ENVELOPE.size :]
+        if kind == _OFFER:
+            pair = self._send_pairs.get((number, peer))
+            if pair is None:
+                self._early.setdefault((number, peer), []).append(note)
+                return
+            address, capacity, generation, digest = _OFFER_BODY.unpack(body)
+            if digest == pair.layout.digest:  # else the announcement tells the receiver, whose error names both
+                pair.offers[sequence] = _Offer(address, capacity, generation)
+        elif kind in (_ANNOUNCE, _DATA):
+            recv_pair = self._recv_pairs.get((number, peer))
+            recv = recv_pair.expected.get(sequence) if recv_pair is not None else None
+            if recv is None:
+                self._early.setdefault((number, peer), []).append(note)
+            elif kind == _DATA:
+                recv.has_data = True
+                self._settle(recv)
+            else:
+                self._take_announcement(recv, body)
+
+    def _take_announcement(self, recv: _Recv, body: bytes) -> None:
+        size, digest = _ANNOUNCE_BODY.unpack_from(body)
+        layout = recv.pair.layout
+        worst = _worst_case(layout.spec)
+        if digest != layout.digest or size > worst:
+            recv.error = TransportError(
+                f"{recv.where}: the peer sends messages of another shape: expected at most {worst} bytes "
+                f"({layout.spec}), had {size}; start every rank with the same sizes"
+            )
+        else:
+            recv.record = torch.frombuffer(bytearray(body[_ANNOUNCE_BODY.size :]), dtype=torch.uint8)
+            recv.size = size
+            if recv.slot is not None and (size == 0 or size > recv.slot.capacity):
+                # Nothing was or will be written into the slot: the sender waits for one that is large enough.
+                self._receiving.give(recv.slot)
+                recv.slot = None
+                if size:
+                    self._offer(recv, size)
+                    recv.pair.capacity = max(recv.pair.capacity, size)
+        self._settle(recv)
+
+    def _settle(self, recv: _Recv) -> None:
+        if recv.is_here and recv.pair.expected.pop(recv.sequence, None) is not None:
+            self._num_expected -= 1
+
+    def _replay(self, number: int, peer: int) -> None:
+        """Take the notes that came before anyone here knew the pair or had posted the receive."""
+        for note in self._early.pop((number, peer), []):
+            self._take_note(peer, note)
+
+    def _start_writes(self) -> None:
+        waiting: deque[_SendState] = deque()
+        for state in self._queued:
+            offer = state.pair.offers.get(state.sequence)
+            ready = state.ready is None or state.ready.query()
+            if offer is None or offer.capacity < state.size or not ready:
+                waiting.append(state)
+                continue
+            del state.pair.offers[state.sequence]
+            try:
+                self._start_write(state, offer)
+            except self._errors as error:
+                self._fail(state, f"the connection was lost ({error})")
+        self._queued = waiting
+
+    def _start_write(self, state: _SendState, offer: _Offer) -> None:
+        pair, slot = state.pair, state.slot
+        assert slot is not None
+        while self._known_generation[pair.peer] < offer.generation:
+            self._known_generation[pair.peer] += 1
+            self._agent.add_remote_agent(self._store.get(f"{pair.peer}/{self._known_generation[pair.peer]}"))
+        kind, device = ("VRAM", slot.buffer.device.index) if self.device.type == "cuda" else ("DRAM", 0)
+        state.handle = self._agent.initialize_xfer(
+            "WRITE",
+            self._agent.get_xfer_descs([(slot.address, state.size, device)], kind),
+            self._agent.get_xfer_descs([(offer.address, state.size, device)], kind),
+            _agent_name(pair.peer),
+            _envelope(_DATA, pair.number, state.sequence),
+        )
+        status = self._agent.transfer(state.handle)
+        if status == "ERR":
+            self._fail(state, "the write could not be started")
+        elif status == "DONE":
+            self._finish(state)
+        else:
+            self._active.append(state)
+
+    def _finish_writes(self) -> None:
+        active, self._active = self._active, []
+        for state in active:
+            try:
+                status = self._agent.check_xfer_state(state.handle)
+            except self._errors as error:
+                self._fail(state, f"the connection was lost ({error})")
+                continue
+            if status == "DONE":
+                self._finish(state)
+            elif status == "ERR":
+                self._fail(state, "the write failed")
+            else:
+                self._active.append(state)
+
+    def _finish(self, state: _SendState) -> None:
+        self._agent.release_xfer_handle(state.handle)
+        assert state.slot is not None
+        self._sending.give(state.slot)
+        state.slot, state.handle, state.done = None, None, True
+
+    def _fail(self, state: _SendState, why: str) -> None:
+        state.error = TransportError(f"{state.where}: {why}; expected the peer to receive {state.size} bytes")
+        self._lost.setdefault(state.pair.peer, state.error)
+        self._error = self._error or state.error
+
+    def _notify(self, peer: int, where: str, note: bytes) -> None:
+        try:
+            self._agent.send_notif(_agent_name(peer), note)
+        except self._errors as error:
+            self._lost[peer] = TransportError(f"{where}: the connection was lost ({error})")
+            raise self._lost[peer] from error
+
+    def _raise_if_lost(self, where: str, peer: int, *, expected: int = 0) -> None:
+        if self._error is not None:
+            raise self._error
+        if peer in self._lost:
+            raise TransportError(
+                f"{where}: the connection was lost; expected up to {expected} bytes, had 0 ({self._lost[peer]})"
+            )
+
+    # ---- metadata and end ----
+
+    def _publish(self, registration: Any) -> int:
+        self._generation += 1
+        metadata = self._agent.get_partial_agent_metadata(registration, False, ["UCX"])
+        self._store.set(f"{self.rank}/{self._generation}", metadata)
+        return self._generation
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+        for state in self._active:
+            state.handle = None
+        self._sending.close()
+        self._receiving.close()
+        for peer in self._peers:
+            self._agent.remove_remote_agent(_agent_name(peer))
+        del self._agent
+
+
+def _import_nixl() -> Any:
+    try:
+        api = importlib.import_module("nixl._api")
+    except ImportError as error:
+        raise ValueError(
+            "--af-transport nixl needs the package 'nixl': pip install 'megatron-disagmoe[nixl]', "
+            "or choose --af-transport torch"
+        ) from error
+    logging.getLogger("nixl").setLevel(logging.WARNING)  # it logs to standard output
+    return api
+
+
+def _nixl_errors() -> tuple[type[Exception], ...]:
+    bindings = importlib.import_module("nixl._bindings")
+    return tuple(getattr(bindings, name) for name in dir(bindings) if name.endswith("Error"))
+
+
+def _agent_name(rank: int) -> str:
+    return f"af-{rank}"
+
+
+def _agent_rank(name: str | bytes) -> int:
+    text = name.decode() if isinstance(name, bytes) else name
+    return int(text.removeprefix("af-"))
+
+
+def _envelope(kind: bytes, number: int, sequence: int) -> bytes:
+    return _ENVELOPE.pack(kind, number, sequence)
+
+
+def _offsets(spec: MessageSpec, rows: Sequence[int]) -> tuple[list[int], int]:
+    """Where each section begins in the packed payload, and the payload's bytes (0 where every section is empty)."""
+    offsets, offset = [], 0
+    for section, count in zip(spec.sections, rows, strict=True):
+        offsets.append(offset)
+        offset += -(-count * section.row_bytes // _ALIGN) * _ALIGN
+    return offsets, offset
+
+
+def _worst_case(spec: MessageSpec) -> int:
+    return _offsets(spec, [section.max_rows for section in spec.sections])[1]

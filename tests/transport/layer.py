@@ -1,0 +1,171 @@
+"""The layer of ``local.py`` on real processes: M attention ranks, then N FFN ranks, joined by a transport."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_disagmoe.transport import (
+    ChannelSpec,
+    Message,
+    MessageSpec,
+    RecvHandle,
+    TransferKey,
+    Transport,
+    create_transport,
+)
+from megatron_disagmoe.transport.dispatch import Dispatcher, create_dispatcher
+from megatron_disagmoe.transport.torch_backend import TorchTransport
+from tests.transport.local import Result, backward, experts, gradients, make_layer, run_backward
+
+#: Back ends under test; ``torch-exact`` posts bodies when their sizes are known, as NCCL needs.
+BACK_ENDS = ["torch", "torch-exact", "nixl"]
+
+
+def open_transport(name: str, channels: list[ChannelSpec], *, timeout_seconds: float = 30) -> Transport:
+    cpu = torch.device("cpu")
+    if name == "torch-exact":
+        return TorchTransport(channels, device=cpu, timeout_seconds=timeout_seconds, exact=True)
+    return create_transport(name, channels, device=cpu, timeout_seconds=timeout_seconds)
+
+
+def layer_channels(m: int, n: int) -> dict[str, ChannelSpec]:
+    attention, ffn = tuple(range(m)), tuple(range(m, m + n))
+    return {
+        "M2N": ChannelSpec("M2N A0->F0 r0", attention, ffn),
+        "N2M": ChannelSpec("N2M F0->A0 r0", ffn, attention),
+        "M2N.grad": ChannelSpec("M2N.grad F0->A0 r0", ffn, attention),
+        "N2M.grad": ChannelSpec("N2M.grad A0->F0 r0", attention, ffn),
+    }
+
+
+class Edges:
+    """Sends to and receives from every rank of the other side."""
+
+    def __init__(self, transport: Transport, dispatcher: Dispatcher, *, peers: list[int]) -> None:
+        sizes = dispatcher.sizes
+        self.transport, self.peers = transport, peers
+        self.channels = layer_channels(sizes.num_attention_ranks, sizes.num_ffn_ranks)
+        self.specs = {
+            "M2N": dispatcher.m2n_spec(),
+            "N2M": dispatcher.n2m_spec(),
+            "M2N.grad": dispatcher.m2n_grad_spec(),
+            "N2M.grad": dispatcher.n2m_grad_spec(),
+        }
+
+    @staticmethod
+    def key(edge: str, micro_batch: int) -> TransferKey:
+        name, _, gradient = edge.partition(".")
+        return TransferKey(name, bool(gradient), 0, micro_batch)
+
+    def post(self, edge: str, micro_batch: int) -> list[RecvHandle]:
+        key = self.key(edge, micro_batch)
+        return [self.transport.post_recv(self.channels[edge], key, peer, self.specs[edge]) for peer in self.peers]
+
+    def send(self, edge: str, micro_batch: int, messages: list[Message]) -> None:
+        key = self.key(edge, micro_batch)
+        for peer, message in zip(self.peers, messages, strict=True):
+            self.transport.send(self.channels[edge], key, peer, message, self.specs[edge])
+
+
+def arrived(handles: list[RecvHandle], spec: MessageSpec) -> list[Message]:
+    """Received messages with ``requires_grad`` where the spec says so."""
+    messages = [handle.wait() for handle in handles]
+    for message in messages:
+        for tensor, section in zip(message.sections, spec.sections, strict=True):
+            tensor.requires_grad_(section.differentiable)
+    return messages
+
+
+def run_rank(
+    rank: int, name: str, mode: str, m: int, n: int, dtype: torch.dtype, num_micro_batches: int
+) -> tuple[list[Result], dict[str, int]]:
+    """All micro-batches forward, then all backward; an attention rank returns its results and bytes sent."""
+    topk, num_experts = 3, 12
+    dispatcher = create_dispatcher(
+        mode,
+        num_tokens=13,
+        hidden_size=6,
+        num_experts=num_experts,
+        topk=topk,
+        num_attention_ranks=m,
+        num_ffn_ranks=n,
+        dtype=dtype,
+        probs_dtype=torch.float32,
+    )
+    transport = open_transport(name, list(layer_channels(m, n).values()))
+    layers = [
+        make_layer(num_attention_ranks=m, num_experts=num_experts, topk=topk, dtype=dtype, seed=b)
+        for b in range(num_micro_batches)
+    ]
+    if rank < m:
+        edges = Edges(transport, dispatcher, peers=list(range(m, m + n)))
+        results = _attention_side(rank, edges, dispatcher, layers)
+    else:
+        edges = Edges(transport, dispatcher, peers=list(range(m)))
+        results = _ffn_side(rank - m, edges, dispatcher, layers)
+    transport.flush()
+    sent = transport.bytes_sent
+    transport.close()
+    return results, sent
+
+
+def _attention_side(rank: int, edges: Edges, dispatcher: Dispatcher, layers: list[Any]) -> list[Result]:
+    batches = range(len(layers))
+    back = [edges.post("N2M", b) for b in batches]
+    returned = [edges.post("M2N.grad", b) for b in batches]
+    hidden = [layer.hidden[rank].clone().requires_grad_() for layer in layers]
+    probs = [layer.probs[rank].clone().requires_grad_() for layer in layers]
+    sent, states = [], []
+    for b in batches:
+        messages, state = dispatcher.dispatch(hidden[b], probs[b], layers[b].routing_map[rank])
+        edges.send("M2N", b, messages)
+        sent.append(messages)
+        states.append(state)
+    outputs = []
+    for b in batches:
+        received = arrived(back[b], edges.specs["N2M"])
+        output = dispatcher.combine(received, states[b])
+        output.backward(layers[b].upstream[rank])
+        outputs.append(output.detach().clone())
+        spec, grad_spec = edges.specs["N2M"], edges.specs["N2M.grad"]
+        edges.send("N2M.grad", b, [gradients(message, spec, grad_spec) for message in received])
+    results = []
+    for b in batches:
+        pairs = []
+        for message, handle in zip(sent[b], returned[b], strict=True):
+            pairs += backward(message, edges.specs["M2N"], handle.wait())
+        run_backward(pairs)
+        assert hidden[b].grad is not None
+        assert probs[b].grad is not None
+        results.append(Result([outputs[b]], [hidden[b].grad], [probs[b].grad]))
+        for handle in [*back[b], *returned[b]]:
+            handle.release()
+    return results
+
+
+def _ffn_side(rank: int, edges: Edges, dispatcher: Dispatcher, layers: list[Any]) -> list[Result]:
+    batches = range(len(layers))
+    posted = [edges.post("M2N", b) for b in batches]
+    returned = [edges.post("N2M.grad", b) for b in batches]
+    given, sent = [], []
+    for b in batches:
+        messages = arrived(posted[b], edges.specs["M2N"])
+        tokens, tokens_per_expert, probs, state = dispatcher.expert_input(messages)
+        scale = layers[b].scale.view(dispatcher.sizes.num_ffn_ranks, -1)[rank]
+        output = dispatcher.expert_output(experts(tokens, tokens_per_expert, probs, scale), state)
+        edges.send("N2M", b, output)
+        given.append(messages)
+        sent.append(output)
+    for b in batches:
+        pairs = []
+        for message, handle in zip(sent[b], returned[b], strict=True):
+            pairs += backward(message, edges.specs["N2M"], handle.wait())
+        run_backward(pairs)
+        spec, grad_spec = edges.specs["M2N"], edges.specs["M2N.grad"]
+        edges.send("M2N.grad", b, [gradients(message, spec, grad_spec) for message in given[b]])
+    edges.transport.flush()
+    for handle in [handle for b in batches for handle in [*posted[b], *returned[b]]]:
+        handle.release()
+    return []
