@@ -7,10 +7,12 @@ import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 
 from megatron_disagmoe.quickstart import plot
 from megatron_disagmoe.quickstart.child import Stopped, signals_raise
@@ -47,7 +49,7 @@ def _run(*, compare: bool, steps: int, out: Path, folder: Path, console: Console
     summary = _summary(results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     _point_latest_to(folder, out / "latest")
-    _report(summary, results, picture=picture, console=console)
+    _report(summary, picture=picture, console=console)
 
 
 def _fresh_folder(parent: Path) -> Path:
@@ -69,11 +71,14 @@ def _point_latest_to(folder: Path, link: Path) -> None:
     fresh.replace(link)
 
 
-def _summary(results: list[Trained]) -> dict[str, object]:
-    summary: dict[str, object] = {}
+def _summary(results: list[Trained]) -> dict[str, Any]:
+    """What ``summary.json`` holds and the last lines say; losses in nats a byte."""
+    summary: dict[str, Any] = {"jobs": {}}
     for trained in results:
         losses = list(plot.losses(trained.log).values())
-        summary[trained.job.name] = {
+        summary["jobs"][trained.job.name] = {
+            "title": trained.job.title,
+            "processes": trained.job.processes,
             "first_loss": losses[0],
             "last_loss": losses[-1],
             "validation_loss": trained.log.validations[-1].loss,
@@ -87,19 +92,22 @@ def _summary(results: list[Trained]) -> dict[str, object]:
     return summary
 
 
-def _report(summary: dict[str, object], results: list[Trained], *, picture: Path, console: Console) -> None:
-    for trained in results:
-        losses = list(plot.losses(trained.log).values())
-        console.print(
-            f"\n{trained.job.title}: training loss {losses[0]:.4f} -> {losses[-1]:.4f}, "
-            f"validation loss {trained.log.validations[-1].loss:.4f} nats a byte, "
-            f"{trained.seconds:.0f} s with start-up\n  checkpoint: {trained.checkpoints}",
-            highlight=False,
-        )
-    if "largest_relative_difference" in summary:
-        difference = summary["largest_relative_difference"]
-        console.print(f"\nLargest relative difference of the training losses: {difference}", highlight=False)
-    console.print(f"\nLoss curve: {picture}", highlight=False)
+def _report(summary: dict[str, Any], *, picture: Path, console: Console) -> None:
+    table = Table("", "processes", "first loss", "last loss", "validation loss", "wall time", box=SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for job in summary["jobs"].values():
+        losses = [f"{job[key]:.4f}" for key in ("first_loss", "last_loss", "validation_loss")]
+        table.add_row(job["title"], str(job["processes"]), *losses, f"{job['seconds']:.0f} s")
+    console.print(table)
+    console.print("Losses in nats a byte; wall time with start-up and the checkpoint.", highlight=False)
+    if difference := summary.get("largest_relative_difference"):
+        value, step = difference["value"], difference["step"]
+        text = f"{value:.1e}, at step {step}" if value else "0: every logged digit is equal"
+        console.print(f"Largest relative difference of the training losses: {text}", highlight=False)
+    for job in summary["jobs"].values():
+        console.print(f"Checkpoint ({job['title']}): {job['checkpoint']}", highlight=False)
+    console.print(f"Loss curve: {picture}", highlight=False)
 
 
 if __name__ == "__main__":

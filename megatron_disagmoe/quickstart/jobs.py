@@ -34,8 +34,9 @@ AF_PIPE = Job(
 #: What AF-pipe must equal: no pipeline, data-parallel size M * R = 1.
 VANILLA = Job(name="vanilla", title="plain Megatron-LM", processes=1, flags=())
 
-#: One thread a process: the ranks share the cores, and both jobs then add in the same order.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+#: On the CPU also where there is a GPU: the ranks outnumber the devices of most machines. One thread a process: the
+#: ranks share the cores, and both jobs then add in the same order.
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
 
 
 def flags_file() -> Path:
