@@ -113,4 +113,87 @@ _FIXES = (
     ),
 )
 
-SEAMS: dict[str, Seam] = {seam.symbol: seam for seam in (*_CPU, *_FIXES)}
+TRAINING = "megatron_disagmoe.training"
+MODEL = "megatron_disagmoe.model"
+_PARITY = "tests/training/test_parity.py"
+_PASSES_IT = "pretrain() takes it as an argument"
+
+_AF_PIPE = (
+    Seam(
+        "megatron.training.arguments:add_megatron_arguments",
+        "the AF-pipe flags must parse whatever extra_args_provider a script has",
+        TRAINING,
+        "tests/training/test_bad_input.py",
+        "Megatron has entry points for plugins' flags",
+        takes=("parser",),
+    ),
+    Seam(
+        "megatron.training.arguments:validate_args",
+        "AF-pipe's flags are checked here, and data-parallel sizes follow from the attention side alone",
+        TRAINING,
+        "tests/training/test_bad_input.py",
+        "Megatron has entry points for plugins' flags",
+        takes=("args", "defaults"),
+    ),
+    Seam(
+        "megatron.core.parallel_state:initialize_model_parallel",
+        "every group of the topology is a Megatron world of its own",
+        TRAINING,
+        _PARITY,
+        "initialize_megatron takes process groups",
+        takes=("rank_offset", "local_world_size", "get_embedding_ranks"),
+    ),
+    Seam(
+        "megatron.training.models.gpt:GPTModelConfig.builder",
+        "each role builds its own half of the model",
+        TRAINING,
+        _PARITY,
+        "a script can name the builder by a flag",
+    ),
+    Seam(
+        "megatron.training.training:get_forward_backward_func",
+        "the step is run by the executor of AF-pipe's schedule",
+        TRAINING,
+        _PARITY,
+        _PASSES_IT,
+    ),
+    Seam(
+        "megatron.training.training:get_megatron_optimizer",
+        "gradient norm, found-inf and count of zeros are one over both roles",
+        TRAINING,
+        _PARITY,
+        _PASSES_IT,
+    ),
+    Seam(
+        "megatron.training.training:setup_model_and_optimizer",
+        "the table of roles is printed when the model is built",
+        TRAINING,
+        "tests/training/test_run.py",
+        "pretrain() has a callback after set-up",
+    ),
+    Seam(
+        "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
+        "the loss of a micro-batch is Megatron's, scaling included",
+        TRAINING,
+        _PARITY,
+        "it becomes public",
+        takes=("model", "output_tensor", "loss_func", "config", "cp_group_size", "is_last_stage"),
+    ),
+    Seam(
+        "megatron.core.transformer.transformer_block:build_module",
+        "layers of other groups are built for their random draws only",
+        MODEL,
+        _PARITY,
+        "TransformerBlock takes a layer factory",
+    ),
+    Seam(
+        "megatron.training.initialize:_set_random_seed",
+        "vanilla's initial weights are replayed with vanilla's seeds",
+        MODEL,
+        _PARITY,
+        "it becomes public",
+        takes=("seed_", "data_parallel_random_init", "te_rng_tracker", "inference_rng_tracker", "ep_group"),
+    ),
+)
+
+SEAMS: dict[str, Seam] = {seam.symbol: seam for seam in (*_CPU, *_FIXES, *_AF_PIPE)}

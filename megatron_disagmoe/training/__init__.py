@@ -1,0 +1,1 @@
+"""The seams to ``megatron.training``: flags, process groups, model, schedule, optimizer, checkpoints, logs."""

@@ -1,0 +1,65 @@
+"""Hooks AF-pipe into Megatron's training program, without a change to the user's script.
+
+``install_plugin`` adds the flags always; everything else acts only where ``--af-pipe`` is among them, and only
+through symbols registered in ``seam_records``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_disagmoe import arguments, megatron_seams
+from megatron_disagmoe.errors import exit_with_message
+
+_TRAINING = "megatron.training.training"
+
+
+def install_plugin(flags: Sequence[str]) -> None:
+    """Hook into the imported Megatron; ``flags`` are those of the training program.
+
+    Calling it again does nothing.
+    """
+    if megatron_seams.is_patched("megatron.training.arguments:add_megatron_arguments"):
+        return
+    megatron_seams.wrap("megatron.training.arguments:add_megatron_arguments", _with_af_arguments)
+    megatron_seams.wrap("megatron.training.arguments:validate_args", _validating_af)
+    if "--af-pipe" in flags:
+        _install_af_pipe()
+
+
+def _with_af_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return arguments.add_arguments(original(parser))
+
+    return add_megatron_arguments
+
+
+def _validating_af(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_args(args: argparse.Namespace, defaults: dict[str, Any] | None = None) -> argparse.Namespace:
+        errors = arguments.check(args, args.world_size)
+        if errors:
+            exit_with_message("\n          ".join(errors))
+        if not args.af_pipe:
+            return original(args, defaults or {})
+        # Megatron derives data-parallel size and micro-batch counts from the world: it is told of one attention
+        # group's ranks, which is the world of the vanilla run that this one equals.
+        world_size = args.world_size
+        args.world_size = arguments.topology(args, world_size).data_parallel_size
+        args = original(args, defaults or {})
+        args.world_size = world_size
+        return args
+
+    return validate_args
+
+
+def _install_af_pipe() -> None:
+    from megatron_disagmoe.training import checkpoint, forward_backward, optimizer, process_groups, reports
+
+    megatron_seams.wrap("megatron.core.parallel_state:initialize_model_parallel", process_groups.replacing)
+    megatron_seams.patch("megatron.training.models.gpt:GPTModelConfig.builder", process_groups.MODEL_BUILDER)
+    megatron_seams.patch(f"{_TRAINING}:get_forward_backward_func", forward_backward.get_forward_backward_func)
+    megatron_seams.wrap(f"{_TRAINING}:get_megatron_optimizer", optimizer.unified)
+    megatron_seams.wrap(f"{_TRAINING}:setup_model_and_optimizer", reports.announcing)
+    checkpoint.install()
