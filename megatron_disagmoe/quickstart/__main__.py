@@ -93,14 +93,14 @@ def _summary(results: list[Trained]) -> dict[str, Any]:
 
 
 def _report(summary: dict[str, Any], *, picture: Path, console: Console) -> None:
-    table = Table("", "processes", "first loss", "last loss", "validation loss", "wall time", box=SIMPLE)
+    table = Table("", "processes", "first loss", "last loss", "validation", "time", box=SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for job in summary["jobs"].values():
         losses = [f"{job[key]:.4f}" for key in ("first_loss", "last_loss", "validation_loss")]
         table.add_row(job["title"], str(job["processes"]), *losses, f"{job['seconds']:.0f} s")
     console.print(table)
-    console.print("Losses in nats a byte; wall time with start-up and the checkpoint.", highlight=False)
+    console.print("Losses in nats a byte; wall time, with start-up and the checkpoint.", highlight=False)
     if difference := summary.get("largest_relative_difference"):
         value, step = difference["value"], difference["step"]
         text = f"{value:.1e}, at step {step}" if value else "0: every logged digit is equal"

@@ -32,7 +32,7 @@ AF_PIPE = Job(
     ),
 )
 #: What AF-pipe must equal: no pipeline, data-parallel size M * R = 1.
-VANILLA = Job(name="vanilla", title="plain Megatron-LM", processes=1, flags=())
+VANILLA = Job(name="vanilla", title="plain Megatron", processes=1, flags=())
 
 #: On the CPU also where there is a GPU: the ranks outnumber the devices of most machines. One thread a process: the
 #: ranks share the cores, and both jobs then add in the same order.
