@@ -26,8 +26,9 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     Megatron happens here, so call it before that, with ``sys.path`` as the script will see it.
     ``ValueError`` for what the user can mend, ``SeamGone`` for a Megatron whose parts are not where they should be.
     """
-    from megatron_disagmoe import cpu
+    from megatron_disagmoe import cpu, hook
 
+    hook.stand_down()
     added = cpu.flags(arguments) if cpu.is_needed() else []
     cpu.install_if_needed()
 
