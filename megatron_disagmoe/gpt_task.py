@@ -124,7 +124,7 @@ def _reads_data(vp_stage: int | None = None) -> bool:
     return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
 
-def get_batch(data: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+def get_batch(data: Iterator[dict[str, torch.Tensor]] | None, vp_stage: int | None) -> dict[str, Any]:
     """The next micro-batch on this rank: [micro-batch, sequence / CP] per key of ``BATCH_KEYS``, or ``None``."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)

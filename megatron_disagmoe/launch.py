@@ -7,7 +7,6 @@ Without ``--af-pipe`` the script is plain Megatron, on a machine without CUDA to
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import runpy
 import sys
@@ -33,22 +32,15 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     cpu.install_if_needed()
 
     from megatron_disagmoe import megatron_seams, upstream_fixes
+    from megatron_disagmoe.training import install
 
     megatron_seams.check_version()
     upstream_fixes.install()
     if added and os.environ.get("RANK", "0") == "0":
         print(f"disagmoe: no CUDA device, so Megatron runs on the CPU, with {' '.join(added)}", flush=True)
     flags = [*arguments, *added]
-    _install_plugin(flags)
-    return flags
-
-
-def _install_plugin(flags: list[str]) -> None:
-    if not all(importlib.util.find_spec(f"megatron_disagmoe.{name}") for name in ("training", "training.install")):
-        return
-    from megatron_disagmoe.training import install
-
     install.install_plugin(flags)
+    return flags
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

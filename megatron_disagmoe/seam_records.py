@@ -97,7 +97,7 @@ _FIXES = (
     ),
     Seam(
         f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
-        "expects a step that the loaders leave out, and writes to a leaf outside no_grad",
+        "expects a step, which most loaders leave out and dp_reshardable's resets; writes to a leaf outside no_grad",
         FIXES,
         _RESUME,
         "a checkpoint loads with torch's Adam",

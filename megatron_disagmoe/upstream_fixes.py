@@ -116,8 +116,9 @@ def _without_step_or_gradient(original: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(original)
     def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         with torch.no_grad():
-            # Not a tensor: passed over. load_state_dict has set the step already.
-            original(self, model_param, {"step": None, **tensors})
+            # Not a tensor: passed over. load_state_dict has set the step already, and what dp_reshardable brings
+            # along is not from the checkpoint: it is the step of before the load.
+            original(self, model_param, {**tensors, "step": None})
 
     return set_main_param_and_optimizer_states
 

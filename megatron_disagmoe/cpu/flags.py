@@ -46,6 +46,11 @@ def flags(argv: Sequence[str]) -> list[str]:
 
     What ``argv`` sets itself is kept. ``ValueError`` for a value that cannot work on a CPU.
     """
+    if _given(argv, "--num-experts") is not None and _given(argv, "--disable-bias-linear") is None:
+        raise ValueError(
+            "experts with biases need Transformer Engine, and this machine has no GPU (Megatron's SequentialMLP "
+            "changes a view in place): add --disable-bias-linear"
+        )
     added: list[str] = []
     for needed in NEEDED:
         given = _given(argv, needed.name)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils.data
 
 from megatron_disagmoe import megatron_seams
 
@@ -169,6 +170,11 @@ def _random_numbers() -> Iterator[StandIn]:
     yield StandIn("torch.cuda:get_rng_state", lambda device="cuda": torch.get_rng_state(), reason)
     yield StandIn("torch.cuda:set_rng_state", lambda state, device="cuda": torch.set_rng_state(state), reason)
     yield StandIn("torch.cuda:manual_seed", manual_seed, reason)
+    yield StandIn(
+        "torch.utils.data:DataLoader.__init__",
+        _with_own_generator(torch.utils.data.DataLoader.__init__),
+        "a new iterator draws a seed from the CPU's generator, which dropout uses here: a resumed run would diverge",
+    )
 
 
 def _tensors() -> Iterator[StandIn]:
@@ -194,6 +200,16 @@ def _compilation() -> Iterator[StandIn]:
         compile,
         "Megatron compiles small fusions for GPUs; on a CPU that costs 4 s at start and gains nothing",
     )
+
+
+def _with_own_generator(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        if options.get("generator") is None:
+            options["generator"] = torch.Generator().manual_seed(torch.initial_seed())
+        original(self, *args, **options)
+
+    return init
 
 
 def _is_cuda(device: object) -> bool:
