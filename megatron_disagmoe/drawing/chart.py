@@ -110,9 +110,13 @@ def heading_of(schedule: Schedule) -> str:
     name = str(schedule.parameters.get("kind", "schedule"))
     return (
         f"{name}{', forward only' if schedule.forward_only else ''}: "
-        f"{placement.num_attention_groups} attention and {placement.num_ffn_groups} FFN groups, "
-        f"{placement.num_layers} layers, {schedule.num_micro_batches} micro-batches"
+        f"{placement.num_attention_groups} attention and {_count(placement.num_ffn_groups, 'FFN group')}, "
+        f"{_count(placement.num_layers, 'layer')}, {_count(schedule.num_micro_batches, 'micro-batch', 'es')}"
     )
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def chart_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,7 +27,9 @@ from megatron_disagmoe.drawing.palette import STYLES, shaded, text_on
 COMPUTE_HEIGHT, PORT_HEIGHT, ROW_GAP, BLOCK_GAP = 0.25, 0.115, 0.03, 0.10
 DIGIT_WIDTH = 0.062
 NARROWEST, WIDEST, UNLABELLED = 6.5, 40.0, 18.0
-LEFT, RIGHT, TOP, BOTTOM = 0.62, 0.12, 0.56, 0.68
+RIGHT, TOP, BOTTOM = 0.12, 0.56, 0.48
+LEGEND_LINE, LEGEND_ENTRY, LEGEND_DIGIT = 0.18, 0.28, 0.054
+LABEL_DIGIT, LABEL_MARGIN = 0.085, 0.34
 #: More rows than fit this height are drawn thinner.
 TALLEST = 14.0
 
@@ -68,11 +71,18 @@ def _axis_width(chart: Chart) -> float:
 
 def _figure(chart: Chart, axis_width: float) -> Figure:
     places, height = _places(chart.rows)
-    figure_width, figure_height = LEFT + axis_width + RIGHT, TOP + height + BOTTOM
+    legend_columns, legend_height = _legend_grid(chart, axis_width)
+    left = LABEL_MARGIN + LABEL_DIGIT * max((len(row.label) for row in chart.rows if not row.is_port), default=0)
+    figure_width, figure_height = left + axis_width + RIGHT, TOP + height + BOTTOM + legend_height
     figure = Figure(figsize=(figure_width, figure_height), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes(
-        (LEFT / figure_width, BOTTOM / figure_height, axis_width / figure_width, height / figure_height)
+        (
+            left / figure_width,
+            (BOTTOM + legend_height) / figure_height,
+            axis_width / figure_width,
+            height / figure_height,
+        )
     )
     longest = chart.makespan if chart.makespan > 0 else 1.0
     axes.set_xlim(0, longest)
@@ -81,7 +91,8 @@ def _figure(chart: Chart, axis_width: float) -> Figure:
     rasterized = sum(len(row.boxes) for row in chart.rows) > MOST_VECTOR_BOXES
     for row, place in zip(chart.rows, places, strict=True):
         _draw_row(axes, row, place, inch, longest=longest, rasterized=rasterized)
-    _dress(figure, axes, chart, places)
+    _dress(figure, axes, chart, places, left=left / figure_width)
+    _legend(figure, chart, left=left / figure_width, columns=legend_columns)
     return figure
 
 
@@ -123,8 +134,13 @@ def _draw_row(axes: Axes, row: Row, place: _Place, inch: float, *, longest: floa
         autolim=False,
     )
     numbered = _numbered(row, place.points, inch)
+    written = 0.0  # messages to several ranks lie on top of one another; one number will do
     for box, colour in zip(row.boxes, colours, strict=True):
-        if box.style in numbered and _holds(box, len(str(box.micro_batch)), place.points, inch):
+        if (
+            box.start >= written
+            and box.style in numbered
+            and _holds(box, len(str(box.micro_batch)), place.points, inch)
+        ):
             axes.text(
                 (box.start + box.end) / 2,
                 (top + bottom) / 2,
@@ -135,6 +151,7 @@ def _draw_row(axes: Axes, row: Row, place: _Place, inch: float, *, longest: floa
                 va="center_baseline",
                 clip_on=True,
             )
+            written = box.end
 
 
 def _numbered(row: Row, points: float, inch: float) -> set[str]:
@@ -157,11 +174,14 @@ def _holds(box: Box, digits: int, points: float, inch: float) -> bool:
     return (box.end - box.start) / inch >= digits * DIGIT_WIDTH * points / POINTS_COMPUTE + 0.015
 
 
-def _dress(figure: Figure, axes: Axes, chart: Chart, places: Sequence[_Place]) -> None:
+def _dress(figure: Figure, axes: Axes, chart: Chart, places: Sequence[_Place], *, left: float) -> None:
     """Everything around the boxes: names, axis, title, legend."""
-    figure_width, figure_height = figure.get_size_inches()
+    figure_height = figure.get_size_inches()[1]
     axes.set_yticks([(place.top + place.bottom) / 2 for place in places])
-    axes.set_yticklabels([row.label for row in chart.rows])
+    names = [
+        row.label if place.label_points >= LEAST_POINTS else "" for row, place in zip(chart.rows, places, strict=True)
+    ]
+    axes.set_yticklabels(names)
     for label, row, place in zip(axes.get_yticklabels(), chart.rows, places, strict=True):
         label.set_fontsize(place.label_points)
         label.set_color("#666666" if row.is_port else "#000000")
@@ -171,17 +191,30 @@ def _dress(figure: Figure, axes: Axes, chart: Chart, places: Sequence[_Place]) -
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#888888")
     axes.set_xlabel("time (s)" if chart.unit == "s" else "time (stage times)", fontsize=8)
-    left = LEFT / figure_width
     figure.text(left, 1 - 0.20 / figure_height, chart.heading, fontsize=9.5, fontweight="bold", va="center")
     figure.text(left, 1 - 0.40 / figure_height, chart.facts, fontsize=8, color="#333333", va="center")
+
+
+def _legend_grid(chart: Chart, axis_width: float) -> tuple[int, float]:
+    """Columns of the legend that fit under the axis, and its height in inches."""
+    labels = [style.label for name, style in STYLES.items() if name in chart.styles]
+    if not labels:
+        return 1, 0.0
+    widest = max(LEGEND_ENTRY + LEGEND_DIGIT * len(label) for label in labels)
+    all_in_one = sum(LEGEND_ENTRY + LEGEND_DIGIT * len(label) for label in labels) <= axis_width
+    columns = len(labels) if all_in_one else max(1, min(len(labels), int(axis_width / widest)))
+    return columns, LEGEND_LINE * ceil(len(labels) / columns)
+
+
+def _legend(figure: Figure, chart: Chart, *, left: float, columns: int) -> None:
     used = chart.styles
     handles = [Patch(facecolor=shaded(name, 0.0), label=style.label) for name, style in STYLES.items() if name in used]
     if handles:
         figure.legend(
             handles=handles,
             loc="lower left",
-            bbox_to_anchor=(left, 0.03 / figure_height),
-            ncols=len(handles),
+            bbox_to_anchor=(left, 0.03 / figure.get_size_inches()[1]),
+            ncols=columns,
             frameon=False,
             fontsize=7,
             handlelength=1.1,

@@ -40,7 +40,7 @@ def test_boxes_carry_what_hovering_shows() -> None:
 
 def test_heading_and_facts() -> None:
     chart = chart_of(one_layer(), bounds={"fill_bound": 16.0, "busy_bound": 10.0})
-    assert chart.heading == "by-hand: 1 attention and 1 FFN groups, 1 layers, 2 micro-batches"
+    assert chart.heading == "by-hand: 1 attention and 1 FFN group, 1 layer, 2 micro-batches"
     assert chart.facts == "makespan 17, fill bound 16 (×1.062), busy bound 10 (×1.700)"
     assert chart_of(one_layer(), heading="Predicted", unit="s").facts == "makespan 17 s"
     assert ", forward only:" in chart_of(wide(1, 1, 1)).heading

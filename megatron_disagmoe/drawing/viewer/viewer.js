@@ -4,7 +4,9 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const WAITING = new Set(["waits", "exposed"]);
-  const LABELS = 118, AXIS = 24, COMPUTE = 24, PORT = 12, GAP = 3, BLOCK = 9;
+  const AXIS = 24, COMPUTE = 24, PORT = 12, GAP = 3, BLOCK = 9;
+  const FONT = "system-ui, 'DejaVu Sans', Arial, sans-serif";
+  let LABELS = 0; // width of the column of names, the same for all charts
   const state = { follow: null, hovered: null, ports: true, link: true };
 
   // ---- colours: each style mixed with white by shade, in steps so that strings are made once
@@ -63,12 +65,10 @@
       this.listen();
     }
 
-    // rows as high as the window lets them be, within what reads well
-    layout() {
-      const room = Math.max(240, (window.innerHeight - 110) / views.length - 62);
-      this.box.style.maxHeight = room + "px";
-      const natural = this.place(1);
-      const y = this.place(Math.min(Math.max((room - AXIS) / (natural - AXIS), 0.75), 1.4));
+    // `stretch` makes rows higher or lower; a chart higher than `room` scrolls
+    layout(stretch, room) {
+      const y = this.place(stretch);
+      this.box.style.maxHeight = Math.ceil(Math.min(y, room)) + "px";
       this.width = this.box.clientWidth;
       this.height = y;
       const ratio = window.devicePixelRatio || 1;
@@ -112,7 +112,7 @@
     draw() {
       const c = this.context;
       c.clearRect(0, 0, this.width, this.height);
-      c.font = "11px system-ui, 'DejaVu Sans', Arial, sans-serif";
+      c.font = "11px " + FONT;
       c.textBaseline = "middle";
       this.drawAxis(c);
       c.save();
@@ -148,26 +148,44 @@
       if (right > left) c.fillRect(left, y, right - left, height);
       const followed = state.follow ?? (state.hovered && state.hovered.microBatch);
       const dims = followed !== null && followed !== undefined;
-      let painted = -1;
+      let painted = -1, written = -Infinity, run = null; // boxes too thin to tell apart are painted as one while their look is the same
+      const numbers = [];
+      const paint = () => {
+        if (!run) return;
+        c.globalAlpha = run.alpha;
+        c.fillStyle = run.fill;
+        c.fillRect(run.from, y, Math.max(run.to - run.from, 0.7), height);
+        run = null;
+      };
       c.textAlign = "center";
       for (let i = firstAfter(row, this.from); i < row.start.length && row.start[i] < this.to; i++) {
-        const x0 = this.x(row.start[i]), x1 = this.x(row.end[i]);
+        const x0 = this.x(row.start[i]), x1 = this.x(row.end[i]), width = x1 - x0;
         const lit = !dims || row.microBatch[i] === followed;
-        if (x1 - x0 < 1 && x1 <= painted && !(dims && lit)) continue; // this pixel is taken
-        const colour = colourOf(row, i);
-        const gap = x1 - x0 > 5 ? 1 : 0;
-        c.globalAlpha = lit ? (row.port && !dims ? 0.92 : 1) : 0.22;
-        c.fillStyle = colour.fill;
-        c.fillRect(x0, y, Math.max(x1 - x0 - gap, 0.7), height);
+        if (width < 1 && x1 <= painted && !(dims && lit)) continue; // this pixel is taken
         painted = Math.max(painted, Math.ceil(x0 + 0.5), x1);
-        if (x1 - x0 < 8 || WAITING.has(row.style[i])) continue;
+        const colour = colourOf(row, i);
+        const alpha = lit ? (row.port && !dims ? 0.92 : 1) : 0.22;
+        if (run && width < 3 && run.fill === colour.fill && run.alpha === alpha && x0 - run.to < 0.5) {
+          run.to = Math.max(run.to, x1);
+          continue;
+        }
+        paint();
+        run = { from: x0, to: x1 - (width > 5 ? 1 : 0), fill: colour.fill, alpha };
+        if (width < 3) continue;
+        paint();
+        if (width < 8 || x0 < written || WAITING.has(row.style[i])) continue;
         const text = String(row.microBatch[i]);
         const from = Math.max(x0, LABELS), to = Math.min(x1, this.width);
         if (to - from < text.length * (row.port ? 5.5 : 6.8) + 2) continue;
-        c.fillStyle = colour.text;
-        if (row.port) c.font = "9px system-ui, 'DejaVu Sans', Arial, sans-serif";
-        c.fillText(text, (from + to) / 2, y + height / 2 + 0.5);
-        if (row.port) c.font = "11px system-ui, 'DejaVu Sans', Arial, sans-serif";
+        written = x1; // messages to several ranks lie on top of one another; one number will do
+        numbers.push([text, (from + to) / 2, colour.text, alpha]);
+      }
+      paint();
+      c.font = (row.port ? "9px " : "11px ") + FONT;
+      for (const [text, x, fill, alpha] of numbers) {
+        c.globalAlpha = alpha;
+        c.fillStyle = fill;
+        c.fillText(text, x, y + height / 2 + 0.5);
       }
       c.globalAlpha = 1;
     }
@@ -232,10 +250,10 @@
       c.textAlign = "left";
       for (const { row, y, height } of this.visible) {
         c.fillStyle = row.port ? "#777" : "#000";
-        c.font = (row.port ? "9px" : "bold 12px") + " system-ui, 'DejaVu Sans', Arial, sans-serif";
+        c.font = (row.port ? "9px " : "bold 12px ") + FONT;
         c.fillText(row.label, 2, y + height / 2 + 0.5);
         if (row.port) continue;
-        c.font = "11px system-ui, 'DejaVu Sans', Arial, sans-serif";
+        c.font = "11px " + FONT;
         c.fillStyle = "#555";
         c.textAlign = "right";
         c.fillText(((100 * row.busy) / this.whole).toFixed(1) + "%", LABELS - 6, y + height / 2 + 0.5);
@@ -361,7 +379,15 @@
     waiting = true;
     requestAnimationFrame(() => { waiting = false; for (const view of views) view.draw(); });
   }
-  function relayout() { for (const view of views) view.layout(); redraw(); }
+  // all charts share the window by what they need, with rows as high as that allows within what reads well
+  function relayout() {
+    const room = window.innerHeight - 110 - 62 * views.length;
+    const needs = views.map((view) => view.place(1));
+    const need = needs.reduce((a, b) => a + b, 0);
+    const stretch = Math.min(Math.max(room / need, 0.75), 1.4);
+    views.forEach((view, i) => view.layout(stretch, Math.max(200, (room * needs[i]) / need)));
+    redraw();
+  }
 
   let drag = null;
   let cursor = { view: null, time: null };
@@ -369,6 +395,12 @@
   for (const chart of data.charts) views.push(new View(chart));
   const linkable = views.length > 1 && views.every((view) => view.chart.unit === views[0].chart.unit);
   if (linkable) for (const view of views) view.to = view.limit();
+
+  const ruler = views[0].context;
+  ruler.font = "bold 12px " + FONT;
+  for (const { label } of data.charts.flatMap((chart) => chart.rows.filter((row) => !row.port))) {
+    LABELS = Math.max(LABELS, ruler.measureText(label).width + 58);
+  }
 
   const used = new Set(data.charts.flatMap((chart) => chart.rows.flatMap((row) => row.style)));
   for (const [name, style] of Object.entries(data.styles)) {
