@@ -78,6 +78,6 @@ class Incoming:
         messages = []
         for handle in self.handles:
             received = handle.wait()
-            messages.append(Message(received.header, tuple(section.clone() for section in received.sections)))
+            messages.append(Message(received.header.clone(), tuple(section.clone() for section in received.sections)))
             handle.release()
         return messages
