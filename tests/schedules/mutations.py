@@ -17,6 +17,7 @@ KINDS = (
     "move",
     "move to another group",
     "rename",
+    "insert",
     "reverse a stretch",
 )
 
@@ -50,6 +51,9 @@ def mutated(draw: st.DrawFn, schedule: Schedule) -> tuple[str, Schedule]:
         action = actions.pop(at)
         target = lists[draw(st.sampled_from(list(lists)))]
         target.insert(draw(st.integers(0, len(target))), action)
+    elif name == "insert":
+        action = draw(renamed(draw(st.sampled_from([action for mine in lists.values() for action in mine]))))
+        actions.insert(at, action)
     elif name == "rename":
         actions[at] = draw(renamed(actions[at]))
     else:

@@ -22,7 +22,7 @@ class _Group:
         self.name = name
         self.actions = actions
         self.at = 0
-        self.made: set[Item] = set()  # ready to be sent
+        self.made: dict[Item, None] = {}  # ready to be sent, in the order they were made
         self.arrived: set[Item] = set()  # received, not used yet
         self.done: Counter[tuple[Kind, int, int]] = Counter()
         self.live: set[tuple[int, int]] = set()
@@ -82,18 +82,23 @@ class _Run:
             raise Unsafe("no such transfer")
         return (edge, gradient, right, left) if gradient else (edge, gradient, left, right)
 
+    def channel_of_item(self, item: Item) -> tuple[Edge, bool, Group, Group]:
+        return self.channel(Action(Kind.SEND, item[2], item[3], item[0], item[1]))
+
     def send(self, group: _Group, action: Action) -> bool:
         channel = self.channel(action)
         assert action.edge is not None
         item = (action.edge, action.gradient, action.layer, action.micro_batch)
         if channel[2] != group.name or item not in group.made:
             raise Unsafe(f"{group.name} sends {item} that it does not have")
+        if next(made for made in group.made if self.channel_of_item(made) == channel) != item:
+            raise Unsafe(f"{item} overtakes another message")
         queue = self.posted.get(channel)
         if not queue:
             return False
         if queue.popleft() != item:
             raise Unsafe(f"{item} lands in the wrong buffer")
-        group.made.remove(item)
+        del group.made[item]
         self.groups[channel[3]].arrived.add(item)
         return True
 
@@ -124,7 +129,7 @@ class _Run:
         if kind is Kind.D:
             if not attention or layer >= self.layers or Kind.F not in done or done & {Kind.B, Kind.I}:
                 raise Unsafe("dispatched again at the wrong time")
-            group.made.add((Edge.AGAIN, False, layer, micro_batch))
+            group.made[Edge.AGAIN, False, layer, micro_batch] = None
             group.done[kind, layer, micro_batch] += 1
             return True
         if kind is Kind.W:
@@ -145,12 +150,12 @@ class _Run:
             if item[0] is Edge.LANE and source == self.placement.attention[item[2] + 1]:
                 group.arrived.add(item)
             else:
-                group.made.add(item)
+                group.made[item] = None
         self.count_live(group, action)
         group.done[kind, layer, micro_batch] += 1
         return True
 
-    def ends(self, attention: bool, backward: bool, layer: int, micro_batch: int) -> tuple[set[Item], set[Item]]:
+    def ends(self, attention: bool, backward: bool, layer: int, micro_batch: int) -> tuple[set[Item], list[Item]]:
         """What a stage needs and makes."""
         left = [(Edge.N2M, layer - 1), (Edge.LANE, layer - 1)] if layer > 0 else []
         right = [(Edge.M2N, layer), (Edge.LANE, layer)] if layer < self.layers else []
@@ -160,14 +165,14 @@ class _Run:
         need = {(edge, backward, at, micro_batch) for edge, at in needs}
         if backward and not attention and (layer, micro_batch) in self.again:
             need.add((Edge.AGAIN, False, layer, micro_batch))
-        return need, {(edge, backward, at, micro_batch) for edge, at in makes}
+        return need, [(edge, backward, at, micro_batch) for edge, at in makes]
 
     def use(self, group: _Group, items: set[Item]) -> None:
         group.arrived -= items
-        for edge, gradient, layer, _ in items:
+        for edge, gradient, layer, micro_batch in items:
             if edge is Edge.LANE and self.placement.attention[layer] == self.placement.attention[layer + 1]:
                 continue
-            self.outstanding[self.channel(Action(Kind.RECV, layer, 0, edge, gradient))] -= 1
+            self.outstanding[self.channel_of_item((edge, gradient, layer, micro_batch))] -= 1
 
     def count_live(self, group: _Group, action: Action) -> None:
         key = action.layer, action.micro_batch

@@ -56,7 +56,7 @@ def runnable_computes(draw: st.DrawFn) -> Schedule:
     """
     placement = draw(placements())
     micro_batches, forward_only = draw(st.integers(1, 4)), draw(st.booleans())
-    again_share, split_share = draw(st.sampled_from((0.0, 0.5))), draw(st.sampled_from((0.0, 0.5, 1.0)))
+    again_share, split_share = draw(st.sampled_from((0.0, 0.5, 1.0))), draw(st.sampled_from((0.0, 0.5, 1.0)))
     rng = random.Random(draw(st.integers(0, 2**32)))
     layers = placement.num_layers
     lists: dict[Group, list[Action]] = {group: [] for group in placement.groups}

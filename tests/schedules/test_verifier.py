@@ -93,6 +93,15 @@ def test_peaks_by_hand() -> None:
         (RING, "F0.0 >M2N/0.0", ">M2N/0.0 F0.0", "send-before-work", "A0", ">M2N/0.0"),
         (RING, "<M2N/0.1 F0.0 >N2M/0.0 F0.1", "F0.0 >N2M/0.0 F0.1 <M2N/0.1", "receive-after-use", "F0", "<M2N/0.1"),
         (RING, "<M2N/0.0 <M2N/0.1", "<M2N/0.1 <M2N/0.0", "fifo-swap", "F0", "<M2N/0.1"),
+        (RING, ">dN2M/0.0 >dLANE/0.0 <N2M/0.1", ">dLANE/0.0 <N2M/0.1 >dN2M/0.0", None, "", ""),
+        (
+            RING,
+            ">M2N/0.0 >LANE/0.0 F0.1 >M2N/0.1",
+            "F0.1 >M2N/0.1 >M2N/0.0 >LANE/0.0",
+            "send-overtakes",
+            "A0",
+            ">M2N/0.1",
+        ),
         (RING, "<M2N/0.0 <M2N/0.1 F0.0 >N2M/0.0", "<M2N/0.0 F0.0 >N2M/0.0 <M2N/0.1", None, "", ""),
     ],
 )
