@@ -53,8 +53,8 @@ def measure_clock_offset(
 
 
 def answer_clock_requests(
-    wait_for_request: Callable[[], None],
-    reply: Callable[[int], None],
+    wait_for_request: Callable[[], object],
+    reply: Callable[[int], object],
     *,
     rounds: int = ROUNDS,
     clock: Callable[[], int] = time.perf_counter_ns,

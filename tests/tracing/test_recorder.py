@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,26 @@ def test_steps_are_written_as_they_end(tmp_path: Path) -> None:
     assert (tmp_path / "rank-00000.part").stat().st_size > size > 0
     for recorder in recorders:
         recorder.close()
+
+
+def _serve_clock(requests: Connection, replies: Connection) -> None:
+    answer_clock_requests(requests.recv_bytes, replies.send, rounds=8)
+
+
+def test_two_processes_of_one_machine_have_one_clock() -> None:
+    context = multiprocessing.get_context("spawn")
+    (asked, ask), (answer, answered) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+    server = context.Process(target=_serve_clock, args=(asked, answered))
+    server.start()
+
+    def exchange() -> int:
+        ask.send_bytes(b"?")
+        return answer.recv()
+
+    try:
+        found = measure_clock_offset(exchange, rounds=8)
+    finally:
+        server.join(timeout=20)
+        server.kill()
+    assert server.exitcode == 0
+    assert abs(found.offset_ns) <= found.error_ns

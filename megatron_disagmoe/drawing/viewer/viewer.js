@@ -381,7 +381,7 @@
   }
   // all charts share the window by what they need, with rows as high as that allows within what reads well
   function relayout() {
-    const room = window.innerHeight - 110 - 62 * views.length;
+    const room = window.innerHeight - 92 - 62 * views.length;
     const needs = views.map((view) => view.place(1));
     const need = needs.reduce((a, b) => a + b, 0);
     const stretch = Math.min(Math.max(room / need, 0.75), 1.4);
