@@ -17,7 +17,7 @@ setup(
     package_dir=DATA_PACKAGES,
     package_data={
         **{package: ["*", "**/*"] for package in DATA_PACKAGES},
-        "megatron_disagmoe.drawing": ["viewer/*"],  # the HTML page's own code
+        "megatron_disagmoe.drawing": ["viewer.*"],  # the HTML page's own code
     },
     exclude_package_data={"": ["__pycache__/*", "*.pyc"]},
 )

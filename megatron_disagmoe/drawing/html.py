@@ -1,6 +1,6 @@
 """One self-contained HTML page with zoom and hover: no network, no library, one canvas per chart.
 
-The page's own code lies beside this file in ``viewer/``; charts go in as JSON columns. Several charts share
+The page's own code lies beside this file (``viewer.*``); charts go in as JSON columns. Several charts share
 the page (measured above predicted) and, where their units agree, one time axis.
 """
 
@@ -38,7 +38,7 @@ def page(charts: Sequence[Chart], *, title: str) -> str:
         "lightest": LIGHTEST,
         "charts": [_chart(chart) for chart in charts],
     }
-    viewer = resources.files(__package__) / "viewer"
+    viewer = resources.files(__package__)
     parts = {
         "@TITLE@": html.escape(title),
         "@STYLE@": (viewer / "viewer.css").read_text(encoding="utf-8"),
