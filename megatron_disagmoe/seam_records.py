@@ -172,6 +172,14 @@ _AF_PIPE = (
         "pretrain() has a callback after set-up",
     ),
     Seam(
+        "megatron.training.training:training_log",
+        "a comparison needs losses and gradient norms in full precision",
+        "megatron_disagmoe.parity",
+        _PARITY,
+        "a step callback carries them",
+        takes=("loss_dict", "iteration", "grad_norm"),
+    ),
+    Seam(
         "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
         "the loss of a micro-batch is Megatron's, scaling included",
         TRAINING,

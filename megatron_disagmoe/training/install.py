@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_disagmoe import arguments, megatron_seams
 from megatron_disagmoe.errors import exit_with_message
+from megatron_disagmoe.parity import step_values
 
 _TRAINING = "megatron.training.training"
 
@@ -25,6 +26,7 @@ def install_plugin(flags: Sequence[str]) -> None:
         return
     megatron_seams.wrap("megatron.training.arguments:add_megatron_arguments", _with_af_arguments)
     megatron_seams.wrap("megatron.training.arguments:validate_args", _validating_af)
+    step_values.record_if_asked()
     if "--af-pipe" in flags:
         _install_af_pipe()
 
