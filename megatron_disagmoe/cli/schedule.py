@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit
 from megatron_disagmoe.schedules.text import load
-from megatron_disagmoe.schedules.verifier import DEFAULT_MAX_POSTED, Report, draw_grid
+from megatron_disagmoe.schedules.verifier import Report, draw_grid
 from megatron_disagmoe.schedules.verifier import verify as verify_schedule
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -30,8 +30,9 @@ def verify(
         int | None, typer.Option(min=1, help="Fail where a group holds more activations.", show_default="no cap")
     ] = None,
     max_posted: Annotated[
-        int, typer.Option(min=1, help="Fail where more receives are outstanding on a channel.")
-    ] = DEFAULT_MAX_POSTED,
+        int | None,
+        typer.Option(min=1, help="Fail where more receives are outstanding on a channel.", show_default="no cap"),
+    ] = None,
     as_json: bool = JsonOption,
 ) -> None:
     """Prove a schedule safe to run, or show each fault and the actions around it.

@@ -29,7 +29,7 @@ class _Group:
 
 
 class _Run:
-    def __init__(self, schedule: Schedule, max_live: int | None, max_posted: int) -> None:
+    def __init__(self, schedule: Schedule, max_live: int | None, max_posted: int | None) -> None:
         self.schedule, self.placement = schedule, schedule.placement
         self.layers, self.micro_batches = self.placement.num_layers, schedule.num_micro_batches
         self.max_live, self.max_posted = max_live, max_posted
@@ -111,7 +111,7 @@ class _Run:
             (action.edge, action.gradient, action.layer, action.micro_batch)
         )
         self.outstanding[channel] += 1
-        if self.outstanding[channel] > self.max_posted:
+        if self.max_posted is not None and self.outstanding[channel] > self.max_posted:
             raise Unsafe("too many receives posted")
         return True
 
@@ -204,7 +204,7 @@ class _Run:
                         raise Unsafe("work is missing")
 
 
-def why_unsafe(schedule: Schedule, *, max_live: int | None = None, max_posted: int = 64) -> str | None:
+def why_unsafe(schedule: Schedule, *, max_live: int | None = None, max_posted: int | None = None) -> str | None:
     """What goes wrong when ``schedule`` runs, None where it ends well."""
     try:
         _Run(schedule, max_live, max_posted).run()

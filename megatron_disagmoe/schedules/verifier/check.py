@@ -15,9 +15,6 @@ from megatron_disagmoe.schedules.verifier.table import Table
 from megatron_disagmoe.schedules.verifier.transfers import check_transfers
 from megatron_disagmoe.schedules.verifier.work import check_work
 
-#: Receives that may be outstanding on one channel unless the caller says otherwise.
-DEFAULT_MAX_POSTED = 64
-
 
 @dataclass(frozen=True)
 class Report:
@@ -57,19 +54,20 @@ class Report:
 
 
 def verify(
-    schedule: Schedule, *, max_live: int | None = None, max_posted: int = DEFAULT_MAX_POSTED, limit: int = 10
+    schedule: Schedule, *, max_live: int | None = None, max_posted: int | None = None, limit: int = 10
 ) -> Report:
     """Check everything that can go wrong when processes run ``schedule``.
 
-    The semantics are the strictest that a transport may have: a SEND blocks until its receive is posted, messages of
-    one channel (edge, direction, sender, receiver) match in order, and ``max_posted`` receives at most are outstanding
-    on a channel. Deadlock is looked for once everything else about work and transfers holds. A schedule without any
-    transfer is lowered first, as the executor does.
+    The semantics are the strictest that a transport may have: a SEND blocks until its receive is posted, so posted
+    receives are all the buffers there are; messages of one channel (edge, direction, sender, receiver) match in order.
+    Deadlock is looked for once everything else about work and transfers holds. A schedule without any transfer is
+    lowered first, as the executor does.
 
     Args:
         schedule: with or without its transfers.
         max_live: cap on the activations alive on any group (see ``liveness``); none by default.
-        max_posted: receives outstanding on one channel, at most.
+        max_posted: bound on the receives outstanding on one channel, which is to say on a transport's buffers; by
+            default they are only counted (``Report.peak_posted``).
         limit: how many faults of one kind are reported in full.
 
     Raises:
@@ -89,7 +87,7 @@ def verify(
     return Report(schedule, tuple(found.faults), found.counts, peak_live, transfers.peak_posted)
 
 
-def ensure_safe(schedule: Schedule, *, max_live: int | None = None, max_posted: int = DEFAULT_MAX_POSTED) -> Report:
+def ensure_safe(schedule: Schedule, *, max_live: int | None = None, max_posted: int | None = None) -> Report:
     """``verify``, for callers that cannot go on with a fault.
 
     Raises:

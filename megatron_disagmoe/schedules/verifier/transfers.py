@@ -67,7 +67,7 @@ class Transfers:
     peak_posted: dict[Channel, int]
 
 
-def check_transfers(table: Table, work: Work, found: Findings, *, max_posted: int) -> Transfers:
+def check_transfers(table: Table, work: Work, found: Findings, *, max_posted: int | None) -> Transfers:
     """Match every SEND with its RECV and report what has no match, is misplaced or comes in another order.
 
     A receive counts as posted from its RECV until the action that uses it starts.
@@ -214,9 +214,9 @@ def _check_fifo(
 
 
 def _check_posted(
-    table: Table, found: Findings, ports: Ports, used: Ints, receive: Ints, user: Ints, *, max_posted: int
+    table: Table, found: Findings, ports: Ports, used: Ints, receive: Ints, user: Ints, *, max_posted: int | None
 ) -> dict[Channel, int]:
-    """Report every channel with more than ``max_posted`` receives outstanding; the peak of each."""
+    """The most receives outstanding on each channel; a fault where that is more than ``max_posted``."""
     channel = np.tile(ports.channel[used // table.num_micro_batches], 2)
     nodes = np.concatenate((receive[used], user[used]))
     change = np.repeat(np.array([1, -1]), len(used))
@@ -225,15 +225,19 @@ def _check_posted(
     posted = np.cumsum(change)  # each channel ends at zero, so one running sum serves all
     peak = np.zeros(len(ports.channels), np.int64)
     np.maximum.at(peak, channel, posted)
-    over = posted > max_posted
-    _, first = np.unique(channel[over], return_index=True)
-    firsts = np.flatnonzero(over)[first]
-    for at in found.first(FaultKind.TOO_MANY_POSTED, np.ones(len(firsts), np.bool_)):
-        node = int(nodes[firsts[at]])
-        name = ports.channels[channel[firsts[at]]]
-        message = (
-            f"{describe(table.action(node))} is receive {max_posted + 1} outstanding on channel {name}; buffers are "
-            f"bounded at {max_posted}, and this channel would need {peak[channel[firsts[at]]]}"
-        )
-        report(table, found, FaultKind.TOO_MANY_POSTED, node, message)
+    if max_posted is not None:
+        over = posted > max_posted
+        _, first = np.unique(channel[over], return_index=True)
+        for at in found.first(FaultKind.TOO_MANY_POSTED, _only(np.flatnonzero(over)[first], len(over))):
+            message = (
+                f"{describe(table.action(int(nodes[at])))} is receive {max_posted + 1} outstanding on channel "
+                f"{ports.channels[channel[at]]}; the bound is {max_posted}, this channel needs {peak[channel[at]]}"
+            )
+            report(table, found, FaultKind.TOO_MANY_POSTED, int(nodes[at]), message)
     return {name: int(most) for name, most in zip(ports.channels, peak, strict=True) if most}
+
+
+def _only(indices: Ints, size: int) -> Bools:
+    result = np.zeros(size, np.bool_)
+    result[indices] = True
+    return result
