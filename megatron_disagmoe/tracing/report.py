@@ -17,6 +17,7 @@ Over several steps each figure is the median of the steps.
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -90,25 +91,36 @@ class RankFigures:
 def find_steps(ranks: Sequence[RankTrace], *, skip: int = WARM_UP_STEPS) -> list[Step]:
     """The steps that every rank finished, in order, without the first ``skip`` as long as one is left.
 
+    Evaluation steps are left out where there are training steps.
+
     Raises:
         ValueError: where the ranks share no step, or ``skip`` is negative.
     """
     if skip < 0:
         raise ValueError(f"cannot leave out {skip} steps; use 0 or more")
-    by_rank = [{event.layer: event for event in trace.of(STEP)} for trace in ranks]
-    shared = set.intersection(*(set(steps) for steps in by_rank)) if by_rank else set()
+    by_rank = {trace.rank: _windows(trace) for trace in ranks}
+    shared = set.intersection(*(set(windows) for windows in by_rank.values())) if by_rank else set()
     if not shared:
-        counts = ", ".join(f"rank {t.rank}: {len(s)}" for t, s in zip(ranks, by_rank, strict=True))
+        counts = ", ".join(f"rank {rank}: {len(windows)}" for rank, windows in by_rank.items())
         raise ValueError(f"no step was finished by every rank (steps per rank: {counts}); trace a longer run")
-    steps = [
-        Step(
-            iteration,
-            {t.rank: (s[iteration].start, s[iteration].end) for t, s in zip(ranks, by_rank, strict=True)},
-        )
-        for iteration in shared
-    ]
+    steps = [Step(key[0], {rank: windows[key] for rank, windows in by_rank.items()}) for key in shared]
     steps.sort(key=lambda step: step.start)
+    steps = [step for step in steps if _trains(ranks[0], step)] or steps
     return steps[min(skip, len(steps) - 1) :]
+
+
+def _windows(trace: RankTrace) -> dict[tuple[int, int], Interval]:
+    """When ``trace`` ran each step; evaluation repeats an iteration, so its occurrence is counted."""
+    seen: Counter[int] = Counter()
+    windows = {}
+    for event in trace.of(STEP):
+        windows[event.layer, seen[event.layer]] = (event.start, event.end)
+        seen[event.layer] += 1
+    return windows
+
+
+def _trains(trace: RankTrace, step: Step) -> bool:
+    return any(e.category == COMPUTE and e.name != "F" for e in events_in(trace, step.windows[trace.rank]))
 
 
 def typical_step(steps: Sequence[Step]) -> Step:

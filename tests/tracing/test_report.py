@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from megatron_disagmoe.drawing import Row
+from megatron_disagmoe.schedules.actions import Action, Kind
 from megatron_disagmoe.tracing.chrome import Event
 from megatron_disagmoe.tracing.measured import chart_of_step
 from megatron_disagmoe.tracing.merge import RankTrace, Transfer, load_traces, match_transfers
+from megatron_disagmoe.tracing.recorder import TraceRecorder
 from megatron_disagmoe.tracing.report import (
     RankFigures,
     Step,
@@ -17,7 +19,7 @@ from megatron_disagmoe.tracing.report import (
     rank_figures,
     typical_step,
 )
-from tests.tracing.traces import F0, MICRO, record
+from tests.tracing.traces import A0, F0, MICRO, record
 
 
 def _figures(directory: Path, stretches: list[int], *, skip: int = 1) -> tuple[list[RankFigures], list[Step]]:
@@ -71,6 +73,18 @@ def test_steps_must_be_shared(tmp_path: Path) -> None:
         ValueError, match=r"no step was finished by every rank \(steps per rank: rank 0: 1, rank 1: 0\)"
     ):
         find_steps([ranks[0], lost])
+
+
+def test_evaluation_is_no_training_step(tmp_path: Path) -> None:
+    with TraceRecorder(0, A0, tmp_path) as a:
+        for iteration, kinds, start in ((0, "FB", 0), (1, "FB", 100), (1, "F", 200), (1, "F", 300)):
+            for kind in kinds:
+                a.compute(Action(Kind(kind), 0, 0), start, start + 10)
+            a.step(iteration, start, start + 50)
+    ranks = load_traces(tmp_path)
+    assert [step.start for step in find_steps(ranks, skip=0)] == [0, 100]
+    evaluation = [RankTrace(0, A0, 0, tuple(e for e in ranks[0].events if e.start >= 200))]
+    assert [step.start for step in find_steps(evaluation, skip=0)] == [200, 300]
 
 
 @pytest.mark.parametrize(
