@@ -21,12 +21,13 @@ millisecond while something is under way, and whoever waits makes progress too.
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -58,11 +59,17 @@ _ENVELOPE = struct.Struct("<cIQ")
 _OFFER_BODY = struct.Struct("<QQIQ")
 #: payload bytes, spec digest; the header record follows
 _ANNOUNCE_BODY = struct.Struct("<QQ")
-_POLL_SECONDS = 0.001
-_WAIT_POLL_SECONDS = 0.00005
+#: Seconds between polls: by our thread while something is under way, and when nothing is; by a waiting rank
+#: (from the first to the second, doubling, so that a short wait is short and a long one leaves the cores alone).
+_POLL_SECONDS, _IDLE_POLL_SECONDS = 0.001, 0.02
+_WAIT_POLL_SECONDS = (0.00005, 0.001)
+#: How long `close` waits for peers that are not done yet.
+_BYE_SECONDS = 10.0
 #: How often a waiting rank checks that the peer still lives.
 _PING_SECONDS = 1.0
 _ALIGN = 64
+#: Transports of one process, counted, so that a second one finds no keys of the first in the store.
+_INSTANCES = itertools.count()
 
 
 class _Offer(NamedTuple):
@@ -179,7 +186,7 @@ class NixlTransport(Transport):
         self._errors = _nixl_errors()
         self.device = device
         self.rank = dist.get_rank()
-        self._store = PrefixStore("af-nixl", store or _get_default_store())
+        self._store = PrefixStore(f"af-nixl-{next(_INSTANCES)}", store or _get_default_store())
         self._numbers = {channel.name: number for number, channel in enumerate(channels)}
         mine = [channel for channel in channels if self.rank in channel.ranks]
         self._peers = sorted({rank for channel in mine for rank in channel.ranks} - {self.rank})
@@ -232,7 +239,7 @@ class NixlTransport(Transport):
         record = pair.layout.pack(key, pair.sequence, message, rows)
         body = _ANNOUNCE_BODY.pack(size, pair.layout.digest) + record.numpy().tobytes()
         with self._lock:
-            self._notify(peer, where, _envelope(_ANNOUNCE, pair.number, pair.sequence) + body)
+            self._notify(peer, where, _envelope(_ANNOUNCE, pair.number, pair.sequence) + body, expected=size)
             pair.sequence += 1
             self.traffic[channel.name].add(spec, rows, header=len(body))
             if slot is None:
@@ -244,7 +251,7 @@ class NixlTransport(Transport):
 
     def flush(self) -> None:
         deadline = time.monotonic() + self.timeout_seconds
-        while True:
+        for pause in _pauses():
             with self._lock:
                 self._progress()
                 if self._error is not None:
@@ -257,7 +264,7 @@ class NixlTransport(Transport):
                     f"{waiting[0].where}: not taken within {self.timeout_seconds:g} s (--af-timeout-seconds); "
                     f"expected the peer to receive {waiting[0].size} bytes, had no sign of it"
                 )
-            time.sleep(_WAIT_POLL_SECONDS)
+            time.sleep(pause)
 
     def _send_pair(self, channel: ChannelSpec, peer: int, spec: MessageSpec) -> _SendPair:
         number = self._numbers[channel.name]
@@ -294,29 +301,30 @@ class NixlTransport(Transport):
         recv.slot = self._receiving.take(size)
         slot = recv.slot
         body = _OFFER_BODY.pack(slot.address, slot.capacity, slot.generation, pair.layout.digest)
-        self._notify(pair.peer, recv.where, _envelope(_OFFER, pair.number, recv.sequence) + body)
+        self._notify(pair.peer, recv.where, _envelope(_OFFER, pair.number, recv.sequence) + body, expected=size)
 
     def _complete(self, recv: _Recv) -> Message:
         """Wait for a whole message."""
+        worst = _worst_case(recv.pair.layout.spec)
         start = time.monotonic()
         ping = start + _PING_SECONDS
-        while True:
+        for pause in _pauses():
             with self._lock:
                 self._progress()
                 if recv.is_here:
                     break
                 now = time.monotonic()
-                self._raise_if_lost(recv.where, recv.pair.peer, expected=_worst_case(recv.pair.layout.spec))
+                self._raise_if_lost(recv.where, recv.pair.peer, expected=worst)
                 if now - start > self.timeout_seconds:
-                    expected = _worst_case(recv.pair.layout.spec) if recv.size is None else recv.size
+                    expected = worst if recv.size is None else recv.size
                     raise TransportTimeout(
                         f"{recv.where}: nothing came within {self.timeout_seconds:g} s (--af-timeout-seconds); "
                         f"expected {'up to ' if recv.size is None else ''}{expected} bytes, had 0"
                     )
                 if now > ping:
                     ping = now + _PING_SECONDS
-                    self._notify(recv.pair.peer, recv.where, _envelope(_PING, 0, 0))
-            time.sleep(_WAIT_POLL_SECONDS)
+                    self._notify(recv.pair.peer, recv.where, _envelope(_PING, 0, 0), expected=worst)
+            time.sleep(pause)
         if recv.error is not None:
             raise recv.error
         assert recv.record is not None
@@ -341,15 +349,14 @@ class NixlTransport(Transport):
     def _run(self) -> None:
         while not self._closing:
             with self._lock:
+                self._progress()
                 busy = bool(self._queued or self._active or self._num_expected)
-                if busy and not self._closing:
-                    self._progress()
-                else:
+                if not busy:
                     self._wake.clear()
             if busy:
                 time.sleep(_POLL_SECONDS)
             else:
-                self._wake.wait()
+                self._wake.wait(_IDLE_POLL_SECONDS)  # what UCX still holds back has to leave, too
 
     def _progress(self) -> None:
         for name, notes in self._agent.get_new_notifs().items():
@@ -474,11 +481,13 @@ class NixlTransport(Transport):
         self._lost.setdefault(state.pair.peer, state.error)
         self._error = self._error or state.error
 
-    def _notify(self, peer: int, where: str, note: bytes) -> None:
+    def _notify(self, peer: int, where: str, note: bytes, *, expected: int) -> None:
         try:
             self._agent.send_notif(_agent_name(peer), note)
         except self._errors as error:
-            self._lost[peer] = TransportError(f"{where}: the connection was lost ({error})")
+            self._lost[peer] = TransportError(
+                f"{where}: the connection was lost; expected up to {expected} bytes, had 0 ({error})"
+            )
             raise self._lost[peer] from error
 
     def _raise_if_lost(self, where: str, peer: int, *, expected: int = 0) -> None:
@@ -503,13 +512,37 @@ class NixlTransport(Transport):
         self._closing = True
         self._wake.set()
         self._thread.join()
-        for state in self._active:
-            state.handle = None
+        if not self._lost and self._error is None:
+            self._part()
+        self._active.clear()
         self._sending.close()
         self._receiving.close()
         for peer in self._peers:
             self._agent.remove_remote_agent(_agent_name(peer))
         del self._agent
+
+    def _part(self) -> None:
+        """Keep progress going until every peer is done as well: UCX may still hold notifications they wait for."""
+        self._store.set(f"{self.rank}/bye", "")
+        deadline = time.monotonic() + min(self.timeout_seconds, _BYE_SECONDS)
+        missing = [f"{peer}/bye" for peer in self._peers]
+        for pause in _pauses():
+            self._progress()
+            try:
+                missing = [key for key in missing if not self._store.check([key])]
+            except RuntimeError:  # the store's host has gone, so it had seen everybody's bye
+                return
+            if not missing or time.monotonic() > deadline:
+                return
+            time.sleep(pause)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to sleep between polls, without end."""
+    pause, longest = _WAIT_POLL_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, longest)
 
 
 def _import_nixl() -> Any:

@@ -115,7 +115,8 @@ class _Reaper:
                 self._wait_for(send.works)
             except RuntimeError as error:
                 send.error = TransportError(
-                    f"{send.where}: the connection was lost; expected the peer to receive {send.size} bytes ({error})"
+                    f"{send.where}: the connection was lost; expected the peer to receive {send.size} bytes "
+                    f"({_reason(error)})"
                 )
                 if not self._closing:
                     self.error = self.error or send.error
@@ -267,7 +268,10 @@ class TorchTransport(Transport):
                 send.tensors.append(tensor)
                 send.works.append(group.send([tensor], pair.group_rank, tag))
         except RuntimeError as error:
-            raise TransportError(f"{where}: the connection was lost; {send.size} bytes not sent ({error})") from error
+            raise TransportError(
+                f"{where}: the connection was lost; expected the peer to receive {send.size} bytes, sent 0 "
+                f"({_reason(error)})"
+            ) from error
         pair.sequence += 1
         self.traffic[channel.name].add(spec, rows, header=pair.layout.num_words * 8)
         self._reaper.add(send)
@@ -305,7 +309,7 @@ class TorchTransport(Transport):
                     self._post_record(groups, pair, recv)
                     self._post_bodies(groups, pair, len(pair.pending))
         except RuntimeError as error:
-            raise TransportError(f"{recv.where}: the connection was lost ({error})") from error
+            raise self._lost(recv, spec.max_bytes, error) from error
         return recv
 
     def _post_record(self, groups: _Groups, pair: _RecvPair, recv: _Recv) -> None:
@@ -325,7 +329,8 @@ class TorchTransport(Transport):
         deadline = time.monotonic() + self.timeout_seconds
         if self._exact:
             if not recv.headed.wait(self.timeout_seconds):
-                raise self._timeout(recv, 0)
+                pair = self._recv_pairs[recv.channel.name, recv.peer]
+                raise self._timeout(recv, pair.layout.spec.max_bytes)
             if recv.error is not None:
                 raise recv.error
         else:
@@ -378,9 +383,12 @@ class TorchTransport(Transport):
         except RuntimeError as error:
             if "timed out" in str(error).lower():
                 raise self._timeout(recv, expected) from error
-            raise TransportError(
-                f"{recv.where}: the connection was lost; expected up to {expected} bytes, had 0 ({error})"
-            ) from error
+            raise self._lost(recv, expected, error) from error
+
+    def _lost(self, recv: _Recv, expected: int, error: RuntimeError) -> TransportError:
+        return TransportError(
+            f"{recv.where}: the connection was lost; expected up to {expected} bytes, had 0 ({_reason(error)})"
+        )
 
     def _timeout(self, recv: _Recv, expected: int) -> TransportTimeout:
         return TransportTimeout(
@@ -426,7 +434,7 @@ class TorchTransport(Transport):
             except TransportError as error:
                 recv.error = error
             except RuntimeError as error:
-                recv.error = TransportError(f"{recv.where}: the connection was lost ({error})")
+                recv.error = self._lost(recv, pair.layout.spec.max_bytes, error)
             recv.headed.set()
 
     def close(self) -> None:
@@ -437,3 +445,8 @@ class TorchTransport(Transport):
             for group in {groups.host, groups.body}:
                 dist.destroy_process_group(group)
         self._groups = {}
+
+
+def _reason(error: RuntimeError) -> str:
+    """What gloo says, without its source line and its advice."""
+    return str(error).split("] ", 1)[-1].split(". This is typically", 1)[0]

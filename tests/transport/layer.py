@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_disagmoe.transport import (
@@ -20,7 +22,11 @@ from megatron_disagmoe.transport.torch_backend import TorchTransport
 from tests.transport.local import Result, backward, experts, gradients, make_layer, run_backward
 
 #: Back ends under test; ``torch-exact`` posts bodies when their sizes are known, as NCCL needs.
-BACK_ENDS = ["torch", "torch-exact", "nixl"]
+BACK_ENDS = [
+    "torch",
+    "torch-exact",
+    pytest.param("nixl", marks=pytest.mark.skipif(find_spec("nixl") is None, reason="the package nixl is missing")),
+]
 
 
 def open_transport(name: str, channels: list[ChannelSpec], *, timeout_seconds: float = 30) -> Transport:

@@ -9,7 +9,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -59,13 +59,14 @@ def run_ranks(
     function: Callable[..., Any],
     *args: Any,
     seconds: float = 50,
-    during: Callable[[list[int]], None] | None = None,
+    wait_for: Sequence[int] | None = None,
 ) -> list[Outcome]:
     """Run ``function(rank, *args)`` on ``world_size`` processes and return how each ended.
 
-    ``during`` is called with the process ids once all have started. A process that outlives ``seconds`` is
-    killed and has exit code -9; none is left behind.
+    A process that outlives ``seconds``, or all of those in ``wait_for``, is killed and has exit code -9; none is
+    left behind.
     """
+    awaited = range(world_size) if wait_for is None else wait_for
     deadline = time.monotonic() + seconds
     outcomes = [Outcome() for _ in range(world_size)]
     with tempfile.TemporaryDirectory() as folder:
@@ -79,14 +80,13 @@ def run_ranks(
                 theirs.close()
                 processes.append(process)
                 connections.append(ours)
-            if during is not None:
-                during([process.pid for process in processes if process.pid is not None])
-            for rank, connection in enumerate(connections):
+            for rank in awaited:
+                connection = connections[rank]
                 if connection.poll(max(deadline - time.monotonic(), 0)):
                     with contextlib.suppress(EOFError):  # it died without a word: the exit code says how
                         outcomes[rank] = pickle.loads(connection.recv_bytes())
-            for process in processes:
-                process.join(max(deadline - time.monotonic(), 0))
+            for rank in awaited:
+                processes[rank].join(max(deadline - time.monotonic(), 0))
         finally:
             for process in processes:
                 if process.is_alive():
