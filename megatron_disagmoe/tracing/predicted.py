@@ -24,6 +24,9 @@ from megatron_disagmoe.tracing.report import NANO, Step, events_in
 SCHEDULE_FILE, COSTS_FILE = "schedule.txt", "costs.json"
 """What training leaves beside the ranks' traces: the schedule it ran, and the costs it was planned with."""
 
+LEAST_AWAITED = 0.1
+"""A message was awaited if its wait covers this much of its transfer; a shorter wait found it there already."""
+
 
 def save_costs(costs: StageCosts, directory: str | Path) -> None:
     """Write ``costs``, in seconds, where ``disagmoe trace`` finds them."""
@@ -131,6 +134,6 @@ def _transfer_times(ranks: Sequence[RankTrace], transfers: Sequence[Transfer]) -
         key = (transfer.receiver, receive.name, receive.layer, receive.micro_batch)
         same = waits.get(key, [])
         index = bisect.bisect_left(same, transfer.end, key=lambda wait: wait.end)
-        if index < len(same) and same[index].start < transfer.end:
+        if index < len(same) and transfer.end - same[index].start >= LEAST_AWAITED * (transfer.end - transfer.start):
             exact.setdefault(edge, []).append(took)
     return {edge: median(exact[edge]) if edge in exact else min(all_of_it) for edge, all_of_it in loose.items()}

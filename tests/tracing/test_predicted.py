@@ -73,6 +73,7 @@ def test_a_transfer_that_nobody_awaited_is_known_by_its_shortest(tmp_path: Path)
         for micro_batch, seen in enumerate((40, 25, 90)):
             a.send("M2N", 0, micro_batch, 1, 10, 10)  # never seen complete
             f.receive("M2N", 0, micro_batch, 0, 5, seen)
+            f.wait("M2N", 0, micro_batch, 0, seen - 1, seen)  # it was there already
         a.step(0, 0, 100)
         f.step(0, 0, 100)
     assert _fitted(tmp_path).transfer == pytest.approx(15e-9)
