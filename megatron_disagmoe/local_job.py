@@ -6,7 +6,7 @@ process cannot use CUDA).
 
     results = run([Job(name="vanilla", world_size=2, flags=[...]), ...], directory)
 
-``run`` starts ``python -m megatron_disagmoe.local_job SPEC``, so the caller needs no torch and stays unforked.
+``run`` starts a process that does the forking, so the caller needs no torch and stays unforked.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def run(jobs: Sequence[Job], directory: Path, *, environment: dict[str, str] | N
     directory.mkdir(parents=True, exist_ok=True)
     specification = directory / "jobs.json"
     specification.write_text(json.dumps([asdict(job) for job in jobs]))
-    command = [sys.executable, "-m", "megatron_disagmoe.local_job", str(specification)]
+    root = Path(__file__).resolve().parents[1]
+    start = f"import sys; sys.path.append({str(root)!r}); from megatron_disagmoe.local_job import main; main()"
+    command = [sys.executable, "-c", start, str(specification)]
     limit = 60 + sum(job.timeout_seconds + 2 * KILL_AFTER_SECONDS for job in jobs)
     process = subprocess.Popen(
         command,
@@ -98,12 +100,13 @@ def run(jobs: Sequence[Job], directory: Path, *, environment: dict[str, str] | N
         raise
     results = directory / "results.json"
     if process.returncode != 0 or not results.is_file():
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output[-4000:]}")
+        raise RuntimeError(f"forking the ranks of {specification} ended with {process.returncode}:\n{output[-4000:]}")
     return [Result(**result) for result in json.loads(results.read_text())]
 
 
-def main(specification: Path) -> None:
+def main() -> None:
     """Entry of the forking process: read jobs, import, run them, write ``results.json`` beside."""
+    specification = Path(sys.argv[1])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     jobs = [Job(**job) for job in json.loads(specification.read_text())]
     _import_once(jobs)
@@ -175,9 +178,9 @@ def _be_rank(job: Job, rank: int, port: int, output: Path) -> None:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # the rank is a whole process: whatever ends it is reported as Python would
-        traceback.print_exc()
     finally:
+        if (error := sys.exception()) is not None:
+            traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
         # As at the end of a process that is not forked: ends the managers that checkpointing has started.
@@ -252,7 +255,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -8,10 +8,10 @@ from megatron_disagmoe.schedules.actions import Group, Schedule
 from megatron_disagmoe.schedules.dataflow import Channel
 from megatron_disagmoe.schedules.liveness import lifetimes, live_counts
 from megatron_disagmoe.schedules.lowering import lowered
+from megatron_disagmoe.schedules.table import Place, Table
 from megatron_disagmoe.schedules.verifier.deadlock import check_deadlock
-from megatron_disagmoe.schedules.verifier.faults import Fault, FaultKind, Findings, Place, UnsafeScheduleError, describe
+from megatron_disagmoe.schedules.verifier.faults import Fault, FaultKind, Findings, UnsafeScheduleError, describe
 from megatron_disagmoe.schedules.verifier.grid import draw_grid
-from megatron_disagmoe.schedules.verifier.table import Table
 from megatron_disagmoe.schedules.verifier.transfers import check_transfers
 from megatron_disagmoe.schedules.verifier.work import check_work
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_disagmoe.schedules.table import SEND, Table
 from megatron_disagmoe.schedules.verifier.faults import FaultKind, Findings, describe
-from megatron_disagmoe.schedules.verifier.table import SEND, Table
 from megatron_disagmoe.schedules.verifier.transfers import Transfers
 from megatron_disagmoe.schedules.verifier.work import report
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_disagmoe.schedules.actions import Action, Group
+from megatron_disagmoe.schedules.table import Place
 from megatron_disagmoe.schedules.text import action_text
 
 
@@ -37,13 +37,6 @@ class FaultKind(enum.Enum):
     TOO_MANY_POSTED = "too-many-posted"
     DEADLOCK = "deadlock"
     LIVE_OVER_CAP = "live-over-cap"
-
-
-class Place(NamedTuple):
-    """One action of a schedule: its group and its position in that group's list."""
-
-    group: Group
-    index: int  # type: ignore[assignment]  # shadows tuple.index, which no place needs
 
 
 @dataclass(frozen=True)

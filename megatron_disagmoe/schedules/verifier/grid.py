@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_disagmoe.schedules.actions import Schedule
-from megatron_disagmoe.schedules.verifier.faults import Fault, Place, describe
+from megatron_disagmoe.schedules.table import Place
+from megatron_disagmoe.schedules.verifier.faults import Fault, describe
 
 _MAX_ROWS = 8
 

@@ -6,54 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_disagmoe.schedules.actions import Action, Edge, Kind, Side
-from megatron_disagmoe.schedules.dataflow import Channel, Port, channel_of, inputs, outputs
+from megatron_disagmoe.schedules.actions import Action, Edge, Kind
+from megatron_disagmoe.schedules.dataflow import Channel
+from megatron_disagmoe.schedules.ports import Ports, ports_of
+from megatron_disagmoe.schedules.table import EDGES, RECV, SEND, Bools, Ints, Table
 from megatron_disagmoe.schedules.verifier.faults import FaultKind, Findings, describe
-from megatron_disagmoe.schedules.verifier.table import EDGES, RECV, SEND, Bools, Ints, Table
 from megatron_disagmoe.schedules.verifier.work import Work, report
-
-
-@dataclass(frozen=True)
-class Ports:
-    """For each port number (edge, direction, layer): its channel and the actions at its ends; -1 where it is none."""
-
-    channels: tuple[Channel, ...]
-    channel: Ints
-    sender: Ints
-    receiver: Ints
-    maker: tuple[tuple[Kind, int] | None, ...]  # kind and row of the action that makes the data
-    user: tuple[tuple[Kind, int] | None, ...]
-    slot: Ints  # which of its user's inputs it is
-
-
-def _number(port: Port, num_layers: int) -> int:
-    return (EDGES.index(port.edge) * 2 + port.gradient) * num_layers + port.layer
-
-
-def _ports(table: Table) -> Ports:
-    placement, layers = table.schedule.placement, table.num_layers
-    size = len(EDGES) * 2 * layers
-    channels: dict[Channel, int] = {}
-    group_number = {group: number for number, group in enumerate(table.groups)}
-    channel, sender, receiver, slot = (np.full(size, -1, np.int64) for _ in range(4))
-    maker: list[tuple[Kind, int] | None] = [None] * size
-    user: list[tuple[Kind, int] | None] = [None] * size
-    kinds = (Kind.F,) if table.schedule.forward_only else (Kind.F, Kind.B, Kind.D)
-    stages = [(Side.A, layer) for layer in range(layers + 1)] + [(Side.F, layer) for layer in range(layers)]
-    for row, (side, layer) in enumerate(stages):
-        for kind in kinds:
-            for port in outputs(side, kind, layer, num_layers=layers):
-                if placement.is_local(port.edge, port.layer):
-                    continue
-                number, its_channel = _number(port, layers), channel_of(placement, port)
-                channel[number] = channels.setdefault(its_channel, len(channels))
-                sender[number] = group_number[its_channel.sender]
-                receiver[number] = group_number[its_channel.receiver]
-                maker[number] = kind, row
-            for position, port in enumerate(inputs(side, kind, layer, num_layers=layers, again=True)):
-                user[_number(port, layers)] = kind, row
-                slot[_number(port, layers)] = position
-    return Ports(tuple(channels), channel, sender, receiver, tuple(maker), tuple(user), slot)
 
 
 @dataclass(frozen=True)
@@ -72,10 +30,10 @@ def check_transfers(table: Table, work: Work, found: Findings, *, max_posted: in
 
     A receive counts as posted from its RECV until the action that uses it starts.
     """
-    ports = _ports(table)
+    ports = ports_of(table)
     n, size = table.num_micro_batches, len(ports.channel) * table.num_micro_batches
     key = _keys(table, ports, found)
-    maker, user = _ends(table, work, ports.maker, size), _ends(table, work, ports.user, size)
+    maker, user = ports.makers(work.of), ports.users(work.of)
     again = np.repeat(np.arange(len(ports.channel)) // table.num_layers == _AGAIN, n)
     expected = np.repeat(ports.channel >= 0, n) & (~again | (maker >= 0))
     ends = []
@@ -135,17 +93,6 @@ def _keys(table: Table, ports: Ports, found: Findings) -> Ints:
         message = f"{describe(table.action(node))} belongs on {table.groups[home[node]]}"
         report(table, found, FaultKind.WRONG_GROUP, node, message)
     return np.where(possible & (home == table.group), port * n + table.micro_batch, -1)
-
-
-def _ends(table: Table, work: Work, ends: tuple[tuple[Kind, int] | None, ...], size: int) -> Ints:
-    """For each transfer the node of the compute action at one end, -1 where there is none."""
-    n = table.num_micro_batches
-    result = np.full(size, -1, np.int64)
-    for port, end in enumerate(ends):
-        if end is not None:
-            kind, row = end
-            result[port * n : (port + 1) * n] = work.of(kind)[row * n : (row + 1) * n]
-    return result
 
 
 def _transfer(table: Table, key: int, kind: Kind) -> Action:

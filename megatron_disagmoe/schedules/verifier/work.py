@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind
+from megatron_disagmoe.schedules.table import SEND, B, Bools, D, F, I, Ints, Table, W
 from megatron_disagmoe.schedules.verifier.faults import FaultKind, Findings, describe
-from megatron_disagmoe.schedules.verifier.table import SEND, B, Bools, D, F, I, Ints, Table, W
 
 
 @dataclass(frozen=True)

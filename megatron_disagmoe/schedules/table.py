@@ -1,15 +1,14 @@
-"""A schedule as flat arrays of integers, so that every check but one is a few array operations."""
+"""A schedule as flat arrays of integers, so that what lowering and verifier do is mostly a few array operations."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Schedule, Side
-from megatron_disagmoe.schedules.verifier.faults import Place
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -22,6 +21,13 @@ EDGES = tuple(Edge)
 # Enum members hash in Python code; their identity hashes in C, five times as fast.
 _KIND_CODE = {id(kind): code for kind, code in CODE.items()}
 _EDGE_CODE = {id(None): -1, **{id(edge): code for code, edge in enumerate(EDGES)}}
+
+
+class Place(NamedTuple):
+    """One action of a schedule: its group and its position in that group's list."""
+
+    group: Group
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which no place needs
 
 
 class Table:

@@ -1,0 +1,119 @@
+"""Compute-only schedules as flat arrays: what builders and the simulator work on.
+
+Stages are numbered along the model: A(i) is 2i, F(i) is 2i + 1, the tail is 2L. Groups are numbered attention first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_disagmoe.schedules.actions import Action, Kind, Placement, Schedule, Side
+from megatron_disagmoe.schedules.dataflow import COMPUTE
+
+Ints = NDArray[np.int64]
+
+#: Codes of the kinds in ``Orders.kind``.
+F, B, I, W, D = range(5)
+KINDS = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.D)
+_CODE = {kind: code for code, kind in enumerate(KINDS)}
+
+
+def group_of_stage(placement: Placement) -> Ints:
+    """Number of the group of every stage."""
+    groups = np.empty(2 * placement.num_layers + 1, np.int64)
+    groups[0::2] = placement.attention
+    groups[1::2] = np.array(placement.ffn) + placement.num_attention_groups
+    return groups
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The compute actions of all groups, one group after the other: group g's are ``bounds[g]:bounds[g + 1]``."""
+
+    placement: Placement
+    num_micro_batches: int
+    forward_only: bool
+    kind: Ints
+    stage: Ints
+    micro_batch: Ints
+    bounds: Ints
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @property
+    def group(self) -> Ints:
+        """Group of every action."""
+        return np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Orders:
+        """The compute actions of ``schedule``, transfers left out."""
+        offset = {Side.A: 0, Side.F: 1}
+        rows: list[tuple[int, int, int]] = []
+        bounds = [0]
+        for group in schedule.placement.groups:
+            side = offset[group.side]
+            rows += [
+                (_CODE[action.kind], 2 * action.layer + side, action.micro_batch)
+                for action in schedule.actions.get(group, ())
+                if action.kind in COMPUTE
+            ]
+            bounds.append(len(rows))
+        table = np.array(rows, np.int64).reshape(-1, 3)
+        return cls(
+            placement=schedule.placement,
+            num_micro_batches=schedule.num_micro_batches,
+            forward_only=schedule.forward_only,
+            kind=table[:, 0].copy(),
+            stage=table[:, 1].copy(),
+            micro_batch=table[:, 2].copy(),
+            bounds=np.array(bounds, np.int64),
+        )
+
+    def schedule(self, parameters: dict[str, object]) -> Schedule:
+        """The same as a schedule; ``parameters`` are what its builder was given."""
+        actions = [
+            Action(KINDS[kind], stage >> 1, micro_batch)
+            for kind, stage, micro_batch in zip(
+                self.kind.tolist(), self.stage.tolist(), self.micro_batch.tolist(), strict=True
+            )
+        ]
+        return Schedule(
+            placement=self.placement,
+            num_micro_batches=self.num_micro_batches,
+            forward_only=self.forward_only,
+            actions={
+                group: tuple(actions[self.bounds[number] : self.bounds[number + 1]])
+                for number, group in enumerate(self.placement.groups)
+            },
+            parameters=parameters,
+        )
+
+
+def sorted_orders(
+    placement: Placement,
+    *,
+    num_micro_batches: int,
+    forward_only: bool,
+    kind: Ints,
+    stage: Ints,
+    micro_batch: Ints,
+    keys: tuple[NDArray[np.generic], ...],
+) -> Orders:
+    """Orders from actions in any order: each group runs its own by ``keys``, the first of them first."""
+    group = group_of_stage(placement)[stage]
+    order = np.lexsort((*reversed(keys), group))
+    counts = np.bincount(group, minlength=len(placement.groups))
+    return Orders(
+        placement=placement,
+        num_micro_batches=num_micro_batches,
+        forward_only=forward_only,
+        kind=kind[order],
+        stage=stage[order],
+        micro_batch=micro_batch[order],
+        bounds=np.concatenate(([0], np.cumsum(counts))),
+    )

@@ -1,0 +1,190 @@
+"""When everything in a schedule happens: its compute in the given order, its transfers over full-duplex ports.
+
+Each group has one sending and one receiving port. A transfer holds the sender's out port and the receiver's in port for
+as long as it takes; activations, gradients and repeated dispatches contend for them, first come, first served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Schedule
+from megatron_disagmoe.schedules.orders import KINDS, B, D, F, I, Ints, Orders, W, group_of_stage
+from megatron_disagmoe.simulator.costs import StageCosts
+from megatron_disagmoe.simulator.engine import Floats, Tasks, run
+from megatron_disagmoe.simulator.timeline import Span, Timeline
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """The transfers that some orders make. All arrays have one entry a transfer.
+
+    ``maker`` and ``user``: positions of the compute actions before and after it, ``user`` -1 where nobody needs it.
+    ``first_stage``: the stage its edge leaves in forward; ``stride``: 1 for M2N and N2M, 2 for a lane.
+    """
+
+    maker: Ints
+    user: Ints
+    sender: Ints
+    receiver: Ints
+    first_stage: Ints
+    stride: Ints
+    duration: Floats
+
+    def __len__(self) -> int:
+        return len(self.maker)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A simulated run: start and end of every action of ``orders`` and of every one of its ``transfers``."""
+
+    orders: Orders
+    transfers: Transfers
+    start: Floats
+    end: Floats
+    transfer_start: Floats
+    transfer_end: Floats
+
+    @property
+    def makespan(self) -> float:
+        """When the last compute action ended."""
+        return float(self.end.max(initial=0.0))
+
+
+def durations(orders: Orders, costs: StageCosts) -> Floats:
+    """Time of every compute action."""
+    layers = orders.placement.num_layers
+    table = np.zeros((5, 2 * layers + 1))
+    for stage in range(2 * layers + 1):
+        table[F, stage] = costs.forward(stage, num_layers=layers)
+        table[I, stage] = costs.input_gradient(stage, num_layers=layers)
+        table[W, stage] = costs.weight_gradient(stage, num_layers=layers)
+    table[B] = table[I] + table[W]
+    return table[orders.kind, orders.stage]
+
+
+def _positions(orders: Orders, *kinds: int) -> Ints:
+    """Position of the action of one of ``kinds`` for each stage and micro-batch, -1 where there is none."""
+    n = orders.num_micro_batches
+    table = np.full((2 * orders.placement.num_layers + 1) * n, -1, np.int64)
+    at = np.flatnonzero(np.isin(orders.kind, kinds))
+    table[orders.stage[at] * n + orders.micro_batch[at]] = at
+    return table
+
+
+def transfers_of(orders: Orders, costs: StageCosts) -> Transfers:
+    """Every transfer between two groups that costs time or port; lanes only where ``costs.lane`` is not 0."""
+    n, last = orders.num_micro_batches, 2 * orders.placement.num_layers
+    groups = group_of_stage(orders.placement)
+    forward, backward = _positions(orders, F), _positions(orders, B, I)
+    is_forward = orders.kind == F
+    is_gradient = (orders.kind == B) | (orders.kind == I)
+    edge_time = np.array([costs.edge(edge) for edge in range(last)])
+    parts: list[tuple[Ints, Ints, Ints, Ints, Ints, Ints, Floats]] = []
+
+    def add(maker: Ints, to: Ints, table: Ints, stride: int) -> None:
+        stage, micro_batch = orders.stage[maker], orders.micro_batch[maker]
+        remote = groups[stage] != groups[to]
+        maker, stage, to, micro_batch = maker[remote], stage[remote], to[remote], micro_batch[remote]
+        first = np.minimum(stage, to)
+        time = edge_time[first] if stride == 1 else np.full(len(maker), costs.lane)
+        user = table[to * n + micro_batch]
+        parts.append((maker, user, groups[stage], groups[to], first, np.full(len(maker), stride), time))
+
+    def add_stride(stride: int) -> None:
+        even = (orders.stage % 2 == 0) | (stride == 1)
+        maker = np.flatnonzero(is_forward & even & (orders.stage + stride <= last))
+        add(maker, orders.stage[maker] + stride, forward, stride)
+        maker = np.flatnonzero(is_gradient & even & (orders.stage >= stride))
+        add(maker, orders.stage[maker] - stride, backward, stride)
+
+    add_stride(1)
+    maker = np.flatnonzero(orders.kind == D)
+    if len(maker):
+        add(maker, orders.stage[maker] + 1, backward, 1)
+    if costs.lane > 0:
+        add_stride(2)
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return Transfers(*columns)
+
+
+def simulate_orders(orders: Orders, costs: StageCosts) -> Run:
+    """Run ``orders``; the light form of ``simulate``.
+
+    Raises:
+        ValueError: where the orders wait for each other in a circle.
+    """
+    transfers = transfers_of(orders, costs)
+    count, num_groups = len(orders), len(orders.bounds) - 1
+    follows = np.ones(max(count - 1, 0), np.bool_)
+    follows[orders.bounds[1:-1][(orders.bounds[1:-1] > 0) & (orders.bounds[1:-1] < count)] - 1] = False
+    chain = np.flatnonzero(follows)
+    number = count + np.arange(len(transfers))
+    used = transfers.user >= 0
+    none = np.full(count, -1, np.int64)
+    times = run(
+        Tasks(
+            duration=np.concatenate((durations(orders, costs), transfers.duration)),
+            first=np.concatenate((none, transfers.sender)),
+            second=np.concatenate((none, num_groups + transfers.receiver)),
+            priority=np.zeros(count + len(transfers), np.int64),
+            before=np.concatenate((chain, transfers.maker, number[used])),
+            after=np.concatenate((chain + 1, number, transfers.user[used])),
+            num_resources=2 * num_groups,
+        )
+    )
+    return Run(
+        orders=orders,
+        transfers=transfers,
+        start=times.start[:count],
+        end=times.end[:count],
+        transfer_start=times.start[count:],
+        transfer_end=times.end[count:],
+    )
+
+
+def simulate(schedule: Schedule, costs: StageCosts) -> Timeline:
+    """Run a schedule; its own sends and receives are ignored, every transfer starts as early as it can.
+
+    Raises:
+        ValueError: where its compute actions wait for each other in a circle.
+    """
+    return timeline(schedule, simulate_orders(Orders.of(schedule), costs))
+
+
+def timeline(schedule: Schedule, run: Run) -> Timeline:
+    """``run`` as spans."""
+    orders, groups = run.orders, run.orders.placement.groups
+    compute: dict[Group, tuple[Span, ...]] = {}
+    actions = [
+        Action(KINDS[kind], stage >> 1, micro_batch)
+        for kind, stage, micro_batch in zip(
+            orders.kind.tolist(), orders.stage.tolist(), orders.micro_batch.tolist(), strict=True
+        )
+    ]
+    spans = [Span(*span) for span in zip(actions, run.start.tolist(), run.end.tolist(), strict=True)]
+    for number, group in enumerate(groups):
+        mine = spans[orders.bounds[number] : orders.bounds[number + 1]]
+        compute[group] = tuple(span for span in mine if span.action.kind is not Kind.D)
+    sent: dict[Group, list[Span]] = {group: [] for group in groups}
+    for at in np.argsort(run.transfer_start, kind="stable").tolist():
+        maker, stage = int(run.transfers.maker[at]), int(run.transfers.first_stage[at])
+        if run.transfers.stride[at] == 2:
+            edge = Edge.LANE
+        elif orders.kind[maker] == D:
+            edge = Edge.AGAIN
+        else:
+            edge = Edge.N2M if stage % 2 else Edge.M2N
+        gradient = bool(orders.kind[maker] in (B, I))
+        action = Action(Kind.SEND, stage >> 1, int(orders.micro_batch[maker]), edge, gradient)
+        span = Span(action, float(run.transfer_start[at]), float(run.transfer_end[at]))
+        sent[groups[run.transfers.sender[at]]].append(span)
+    return Timeline(
+        schedule=schedule,
+        compute=compute,
+        transfers={group: tuple(spans) for group, spans in sent.items()},
+        makespan=run.makespan,
+    )

@@ -1,0 +1,3 @@
+"""Lies beside the script that imports it."""
+
+SIBLING = "sibling found"
