@@ -1,9 +1,9 @@
 """Interleaved 1F1B over the ring A_0, F_0, A_1, F_1, ... of q attention and q FFN groups.
 
-Micro-batches go round in groups of G: a worker runs the first G on its first stage, the same G on its second, and so on;
-backward the same from the last stage down. After ``warm_up`` forwards it alternates one backward and one forward. In this
-order a stage's successor is one worker further and takes the micro-batch up as soon as it arrives, if G is what one trip
-round the ring takes: 2q stages and 2q transfers.
+Micro-batches go round in groups of G: a worker runs the first G on its first stage, the same G on its second, and so
+on; backward the same from the last stage down. After ``warm_up`` forwards it alternates one backward and one forward.
+In this order a stage's successor is one worker further and takes the micro-batch up as soon as it arrives, if G is what
+one trip round the ring takes: 2q stages and 2q transfers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ def even_groups(num_micro_batches: int, largest: int) -> list[int]:
 
 
 def interleaved(
-    *, num_layers: int, ring: int, num_micro_batches: int, group_size: int, warm_up_extra: int = 0
+    *,
+    num_layers: int,
+    ring: int,
+    num_micro_batches: int,
+    group_size: int,
+    warm_up_extra: int = 0,
+    forward_only: bool = False,
 ) -> Orders:
     """The order on ``ring`` attention and FFN groups, and one more attention group that holds only the tail.
 
@@ -46,6 +52,16 @@ def interleaved(
     group = np.repeat(np.arange(len(sizes)), sizes)[micro_batch]
     worker = group_of_stage(placement)[stage]
     forward = _rank(worker, group, stage, micro_batch)
+    if forward_only:
+        return sorted_orders(
+            placement,
+            num_micro_batches=num_micro_batches,
+            forward_only=True,
+            kind=np.full(len(stage), F),
+            stage=stage,
+            micro_batch=micro_batch,
+            keys=(forward,),
+        )
     backward = _rank(worker, group, -stage, micro_batch)
     warm_up = _warm_up(placement, sizes[0], warm_up_extra)[worker]
     return sorted_orders(

@@ -1,0 +1,5 @@
+"""Builders of schedules: which group does what in which order. Compute actions only; no torch, no Megatron."""
+
+from megatron_disagmoe.builders.front import KINDS, NOMINAL_COSTS, build, least_live
+
+__all__ = ["KINDS", "NOMINAL_COSTS", "build", "least_live"]
