@@ -7,8 +7,8 @@ import functools
 from megatron.training import get_args
 
 from megatron_disagmoe import parallel_state
-from megatron_disagmoe.schedules.actions import Schedule
 from megatron_disagmoe.builders.sequential import sequential
+from megatron_disagmoe.schedules.actions import Schedule
 from megatron_disagmoe.schedules.lowering import lowered
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.cli import app
 from megatron_disagmoe.schedules.actions import Group, Placement, Schedule, Side
-from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.schedules.lowering import lowered
 from megatron_disagmoe.schedules.text import save
 

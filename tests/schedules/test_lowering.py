@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
 from megatron_disagmoe.builders.sequential import sequential
+from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
 from megatron_disagmoe.schedules.lowering import add_communication, compute_only, lowered, post_receives
 from megatron_disagmoe.schedules.text import loads
 from tests.schedules.oracle import why_unsafe

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from megatron_disagmoe.schedules.actions import Action, Group, Kind, Placement, Schedule, Side
 from megatron_disagmoe.builders.sequential import sequential
+from megatron_disagmoe.schedules.actions import Action, Group, Kind, Placement, Schedule, Side
 from megatron_disagmoe.schedules.lowering import lowered
 from megatron_disagmoe.schedules.text import loads
 from megatron_disagmoe.schedules.verifier import FaultKind, UnsafeScheduleError, draw_grid, ensure_safe, verify

@@ -7,8 +7,8 @@ import contextlib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_disagmoe.schedules.actions import Placement, Schedule
 from megatron_disagmoe.builders.sequential import sequential
+from megatron_disagmoe.schedules.actions import Placement, Schedule
 from megatron_disagmoe.schedules.liveness import live_over_time, peak_live
 from megatron_disagmoe.schedules.lowering import add_communication, compute_only, lowered
 from megatron_disagmoe.schedules.verifier import draw_grid, verify
