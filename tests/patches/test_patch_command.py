@@ -101,7 +101,11 @@ class TestScript:
 
     def run(self, environment: dict[str, str], *words: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [ROOT / "scripts" / "apply_patches.sh", *words], env=environment, capture_output=True, text=True, check=False
+            [ROOT / "scripts" / "apply_patches.sh", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     def test_there_and_back(self, checkout: Path, environment: dict[str, str]) -> None:

@@ -258,7 +258,8 @@ class TestTwoFiles:
         header = "".join(f"{name}: because\n" for name in HEADER_FIELDS) + "\n"
         first = "--- a/a.py\n+++ b/a.py\n@@ -1 +1,2 @@\n a\n+first\n"
         second = (
-            "--- a/a.py\n+++ b/a.py\n@@ -1,2 +1,3 @@\n a\n first\n+second\n--- a/b.py\n+++ b/b.py\n@@ -1 +1 @@\n-b\n+B\n"
+            "--- a/a.py\n+++ b/a.py\n@@ -1,2 +1,3 @@\n a\n first\n+second\n"
+            "--- a/b.py\n+++ b/b.py\n@@ -1 +1 @@\n-b\n+B\n"
         )
         (folder / "1.patch").write_text(header + first)
         (folder / "2.patch").write_text(header + second)
