@@ -181,6 +181,17 @@ class RecvHandle(ABC):
     def release(self) -> None:
         """Give the buffers back; the message's tensors must not be touched afterwards."""
 
+    def take(self) -> Message:
+        """``wait``, then a copy of the message, the buffers given back at once.
+
+        Buffers are sized for the worst routing, messages are as large as they are: whoever keeps one (until a
+        backward, say) keeps the latter.
+        """
+        received = self.wait()
+        message = Message(received.header.clone(), tuple(section.clone() for section in received.sections))
+        self.release()
+        return message
+
 
 class Transport(ABC):
     """Moves messages over the channels it was created with."""

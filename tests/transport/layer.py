@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +18,13 @@ from megatron_disagmoe.transport import (
     Transport,
     create_transport,
 )
-from megatron_disagmoe.transport.dispatch import Dispatcher, create_dispatcher
+from megatron_disagmoe.transport.dispatch import (
+    Dispatcher,
+    NodeChannels,
+    NodeExchange,
+    TransportExchange,
+    create_dispatcher,
+)
 from megatron_disagmoe.transport.torch_backend import TorchTransport
 from tests.transport.local import Result, backward, experts, gradients, make_layer, run_backward
 
@@ -44,6 +51,12 @@ def layer_channels(m: int, n: int) -> dict[str, ChannelSpec]:
         "M2N.grad": ChannelSpec("M2N.grad F0->A0 r0", ffn, attention),
         "N2M.grad": ChannelSpec("N2M.grad A0->F0 r0", attention, ffn),
     }
+
+
+def node_channels(m: int, n: int, node_size: int) -> list[NodeChannels]:
+    """Of every node of FFN ranks; none where a node is one rank."""
+    starts = range(m, m + n, node_size) if node_size > 1 else ()
+    return [NodeChannels.among(range(start, start + node_size), name=f"F0 r0 at {start}") for start in starts]
 
 
 class Edges:
@@ -85,7 +98,7 @@ def arrived(handles: list[RecvHandle], spec: MessageSpec) -> list[Message]:
 
 
 def run_rank(
-    rank: int, name: str, mode: str, m: int, n: int, dtype: torch.dtype, num_micro_batches: int
+    rank: int, name: str, mode: str, m: int, n: int, dtype: torch.dtype, num_micro_batches: int, ranks_per_node: int = 2
 ) -> tuple[list[Result], dict[str, int]]:
     """All micro-batches forward, then all backward; an attention rank returns its results and bytes sent."""
     topk, num_experts = 3, 12
@@ -99,8 +112,11 @@ def run_rank(
         num_ffn_ranks=n,
         dtype=dtype,
         probs_dtype=torch.float32,
+        ranks_per_node=ranks_per_node,
     )
-    transport = open_transport(name, list(layer_channels(m, n).values()))
+    nodes = node_channels(m, n, dispatcher.node_size)
+    channels = [*layer_channels(m, n).values(), *(channel for node in nodes for channel in node.all)]
+    transport = open_transport(name, channels)
     layers = [
         make_layer(num_attention_ranks=m, num_experts=num_experts, topk=topk, dtype=dtype, seed=b)
         for b in range(num_micro_batches)
@@ -110,7 +126,12 @@ def run_rank(
         results = _attention_side(rank, edges, dispatcher, layers)
     else:
         edges = Edges(transport, dispatcher, peers=list(range(m)))
-        results = _ffn_side(rank - m, edges, dispatcher, layers)
+        node = nodes[(rank - m) // dispatcher.node_size] if nodes else None
+        exchanges = [
+            TransportExchange(transport, node, rank=rank, layer=0, micro_batch=b) if node is not None else None
+            for b in range(num_micro_batches)
+        ]
+        results = _ffn_side(rank - m, edges, dispatcher, layers, exchanges)
     transport.flush()
     sent = transport.bytes_sent
     transport.close()
@@ -151,14 +172,16 @@ def _attention_side(rank: int, edges: Edges, dispatcher: Dispatcher, layers: lis
     return results
 
 
-def _ffn_side(rank: int, edges: Edges, dispatcher: Dispatcher, layers: list[Any]) -> list[Result]:
+def _ffn_side(
+    rank: int, edges: Edges, dispatcher: Dispatcher, layers: list[Any], exchanges: Sequence[NodeExchange | None]
+) -> list[Result]:
     batches = range(len(layers))
     posted = [edges.post("M2N", b) for b in batches]
     returned = [edges.post("N2M.grad", b) for b in batches]
     given, sent = [], []
     for b in batches:
         messages = arrived(posted[b], edges.specs["M2N"])
-        tokens, tokens_per_expert, probs, state = dispatcher.expert_input(messages)
+        tokens, tokens_per_expert, probs, state = dispatcher.expert_input(messages, exchanges[b])
         scale = layers[b].scale.view(dispatcher.sizes.num_ffn_ranks, -1)[rank]
         output = dispatcher.expert_output(experts(tokens, tokens_per_expert, probs, scale), state)
         edges.send("N2M", b, output)

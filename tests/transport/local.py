@@ -6,12 +6,15 @@ bit for bit with a plain reference that knows nothing of ranks.
 
 from __future__ import annotations
 
+import queue
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from megatron_disagmoe.transport.base import ChannelSpec, Message, MessageSpec, TransferKey, check_message
-from megatron_disagmoe.transport.dispatch import Dispatcher
+from megatron_disagmoe.transport.dispatch import Dispatcher, NodeExchange
 
 _CHANNEL = ChannelSpec("local", (0,), (0,))
 _KEY = TransferKey("M2N", False, 0, 0)
@@ -130,30 +133,71 @@ def experts(
     return tokens * (scale.repeat_interleave(tokens_per_expert) * probs).unsqueeze(-1).to(tokens.dtype)
 
 
+class ThreadExchange(NodeExchange):
+    """Ranks of a node as threads of one process; ``boxes[a][b]`` is the queue from rank a to rank b."""
+
+    def __init__(self, boxes: list[list[queue.SimpleQueue[list[Message]]]], *, index: int) -> None:
+        super().__init__(index=index, size=len(boxes))
+        self.boxes = boxes
+
+    def move(self, step: str, messages: list[Message], spec: MessageSpec, *, gradient: bool) -> list[Message]:
+        peers = [q for q in range(self.size) if q != self.index]
+        for peer, message in zip(peers, messages, strict=True):
+            check_message(_CHANNEL, TransferKey(step, gradient, 0, 0), message, spec)
+            sections = tuple(tensor.detach().clone() for tensor in message.sections)
+            self.boxes[self.index][peer].put([Message(message.header.clone(), sections)])
+        return [self.boxes[peer][self.index].get(timeout=20)[0] for peer in peers]
+
+
+def thread_exchanges(dispatcher: Dispatcher) -> list[NodeExchange]:
+    """One per FFN rank."""
+    size = dispatcher.node_size
+    exchanges: list[NodeExchange] = []
+    for _ in range(dispatcher.sizes.num_ffn_ranks // size):
+        boxes = [[queue.SimpleQueue[list[Message]]() for _ in range(size)] for _ in range(size)]
+        exchanges += [ThreadExchange(boxes, index=index) for index in range(size)]
+    return exchanges
+
+
+def on_every_rank[T](dispatcher: Dispatcher, function: Callable[[int], T]) -> list[T]:
+    """``function(n)`` of every FFN rank: in turn, or in threads where ranks exchange."""
+    ranks = range(dispatcher.sizes.num_ffn_ranks)
+    if dispatcher.node_size == 1:
+        return [function(n) for n in ranks]
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(function, ranks, timeout=30))
+
+
 def run_layer(dispatcher: Dispatcher, layer: Layer) -> Result:
-    """Forward and backward of ``layer`` over all ranks of ``dispatcher``, one after the other."""
+    """Forward and backward of ``layer`` over all ranks of ``dispatcher``."""
     sizes = dispatcher.sizes
     m_ranks, n_ranks = range(sizes.num_attention_ranks), range(sizes.num_ffn_ranks)
     hidden = [t.clone().requires_grad_() for t in layer.hidden]
     probs = [t.clone().requires_grad_() for t in layer.probs]
     sent, states = zip(*(dispatcher.dispatch(hidden[m], probs[m], layer.routing_map[m]) for m in m_ranks), strict=True)
     arrived = [cut([sent[m][n] for m in m_ranks], dispatcher.m2n_spec()) for n in n_ranks]
-    returned = []
-    for n in n_ranks:
-        given = dispatcher.expert_input(arrived[n])
+    exchanges = thread_exchanges(dispatcher)
+
+    def forward(n: int) -> list[Message]:
+        given = dispatcher.expert_input(arrived[n], exchanges[n])
         scale = layer.scale.view(sizes.num_ffn_ranks, -1)[n]
         output = experts(given.tokens, given.tokens_per_expert, given.probs, scale)
-        returned.append(dispatcher.expert_output(output, given.state))
+        return dispatcher.expert_output(output, given.state)
+
+    returned = on_every_rank(dispatcher, forward)
     back = [cut([returned[n][m] for n in n_ranks], dispatcher.n2m_spec()) for m in m_ranks]
     combined = [dispatcher.combine(back[m], states[m]) for m in m_ranks]
     for m in m_ranks:
         combined[m].backward(layer.upstream[m])
     n2m, m2n = dispatcher.n2m_spec(), dispatcher.m2n_spec()
-    for n in n_ranks:
+
+    def experts_backward(n: int) -> None:
         pairs = []
         for m in m_ranks:
             pairs += backward(returned[n][m], n2m, gradients(back[m][n], n2m, dispatcher.n2m_grad_spec()))
         run_backward(pairs)
+
+    on_every_rank(dispatcher, experts_backward)
     for m in m_ranks:
         pairs = []
         for n in n_ranks:

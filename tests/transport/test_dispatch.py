@@ -13,7 +13,16 @@ from tests.transport.local import assert_equal, make_layer, reference, run_layer
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def make(mode: str, *, m: int = 1, n: int = 1, experts: int = 12, topk: int = 2, dtype: torch.dtype) -> Dispatcher:
+def make(
+    mode: str,
+    *,
+    m: int = 1,
+    n: int = 1,
+    experts: int = 12,
+    topk: int = 2,
+    dtype: torch.dtype = torch.float32,
+    ranks_per_node: int | None = None,
+) -> Dispatcher:
     return create_dispatcher(
         mode,
         num_tokens=13,
@@ -24,6 +33,7 @@ def make(mode: str, *, m: int = 1, n: int = 1, experts: int = 12, topk: int = 2,
         num_ffn_ranks=n,
         dtype=dtype,
         probs_dtype=torch.float32,
+        ranks_per_node=ranks_per_node or (2 if n % 2 == 0 else n),
     )
 
 
@@ -41,6 +51,44 @@ def test_every_size(mode: str, m: int, n: int, dtype: torch.dtype) -> None:
 def test_every_topk(mode: str, topk: int, dtype: torch.dtype) -> None:
     layer = make_layer(num_attention_ranks=2, num_experts=12, topk=topk, dtype=dtype)
     assert_equal(run_layer(make(mode, m=2, n=3, topk=topk, dtype=dtype), layer), reference(layer), dtype)
+
+
+@pytest.mark.parametrize("n, ranks_per_node", [(4, 1), (4, 4), (4, 8), (6, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_node_size(n: int, ranks_per_node: int, dtype: torch.dtype) -> None:
+    layer = make_layer(num_attention_ranks=3, num_experts=12, topk=5, dtype=dtype, idle_experts=(4,))
+    dispatcher = make("per-node", m=3, n=n, topk=5, dtype=dtype, ranks_per_node=ranks_per_node)
+    assert_equal(run_layer(dispatcher, layer), reference(layer), dtype)
+
+
+def test_rows_sent_per_mode() -> None:
+    """One row per (token, expert), per (token, rank), per (token, node): counted from the routing map alone."""
+    layer = make_layer(num_attention_ranks=1, num_experts=12, topk=6, dtype=torch.float32)
+    routing_map = layer.routing_map[0]
+    for n, ranks_per_node in [(1, 1), (4, 2), (6, 3)]:
+        by_rank = routing_map.view(13, n, -1).any(dim=2)
+        by_node = by_rank.view(13, -1, ranks_per_node).any(dim=2)
+        for mode, chosen in zip(DISPATCH_MODES, (routing_map, by_rank, by_node), strict=True):
+            dispatcher = make(mode, n=n, topk=6, ranks_per_node=ranks_per_node)
+            sent, _ = dispatcher.dispatch(layer.hidden[0], layer.probs[0], routing_map)
+            assert sum(message.sections[0].shape[0] for message in sent) == int(chosen.sum())
+
+
+def test_a_node_spreads_its_entries() -> None:
+    """Where every token needs every rank of a node, each rank is the entry of its share."""
+    dispatcher = make("per-node", n=4, experts=12, topk=12, ranks_per_node=4)
+    sent, _ = dispatcher.dispatch(torch.ones(13, 6), torch.ones(13, 12), torch.ones(13, 12, dtype=torch.bool))
+    assert [message.sections[0].shape[0] for message in sent] == [4, 3, 3, 3]
+
+
+def test_per_node_needs_whole_nodes_and_an_exchange() -> None:
+    with pytest.raises(ValueError, match="4 FFN ranks do not fill nodes of 3; choose --af-ranks-per-node"):
+        make("per-node", n=4, ranks_per_node=3)
+    dispatcher = make("per-node", n=4, ranks_per_node=2)
+    layer = make_layer(num_attention_ranks=1, num_experts=12, topk=2, dtype=torch.float32)
+    sent, _ = dispatcher.dispatch(layer.hidden[0], layer.probs[0], layer.routing_map[0])
+    with pytest.raises(ValueError, match="needs the exchange of a node of 2 FFN ranks"):
+        dispatcher.expert_input([sent[0]])
 
 
 @pytest.mark.parametrize(
@@ -64,13 +112,12 @@ def test_tokens_that_go_nowhere(mode: str) -> None:
         assert_equal(run_layer(dispatcher, layer), reference(layer), torch.float32)
 
 
-@pytest.mark.parametrize("mode", DISPATCH_MODES)
-def test_experts_see_the_same_rows_in_every_mode(mode: str) -> None:
+def test_experts_see_the_same_rows_per_rank_as_per_expert() -> None:
     """Rows by local expert, then attention rank, then token: so weight gradients are the same too."""
     layer = make_layer(num_attention_ranks=3, num_experts=12, topk=5, dtype=torch.float32)
     for n in (1, 2, 4):
         seen = []
-        for name in ("per-expert", mode):
+        for name in ("per-expert", "per-rank"):
             dispatcher = make(name, m=3, n=n, topk=5, dtype=torch.float32)
             sent = [dispatcher.dispatch(layer.hidden[m], layer.probs[m], layer.routing_map[m])[0] for m in range(3)]
             seen.append([dispatcher.expert_input([sent[m][r] for m in range(3)])[:3] for r in range(n)])
@@ -78,9 +125,10 @@ def test_experts_see_the_same_rows_in_every_mode(mode: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_half_precision_partial_sums_accumulate_in_fp32() -> None:
+@pytest.mark.parametrize("mode", ["per-rank", "per-node"])
+def test_half_precision_partial_sums_accumulate_in_fp32(mode: str) -> None:
     """256 + eight ones is 264; adding one by one in bf16 (8 bits of mantissa) stays at 256."""
-    dispatcher = make("per-rank", experts=12, topk=9, dtype=torch.bfloat16)
+    dispatcher = make(mode, experts=12, topk=9, dtype=torch.bfloat16)
     routing_map = torch.zeros(13, 12, dtype=torch.bool)
     routing_map[:, :9] = True
     hidden = torch.ones(13, 6, dtype=torch.bfloat16, requires_grad=True)

@@ -45,32 +45,39 @@ def same(ours: Message, theirs: Message) -> bool:
     return all(torch.equal(a, b) for a, b in zip((ours[0], *ours[1]), (theirs[0], *theirs[1]), strict=True))
 
 
-@pytest.mark.parametrize(
-    "mode, m, n, dtype",
-    [
-        *((mode, m, n, torch.float32) for mode in DISPATCH_MODES for m, n in [(1, 1), (2, 3), (3, 1), (1, 4)]),
-        *((mode, 2, 2, torch.bfloat16) for mode in DISPATCH_MODES),
-    ],
-)
+#: Sizes, number of micro-batches and FFN ranks a node that the back ends are tried with.
+LAYERS = [
+    *((mode, m, n, torch.float32) for mode in DISPATCH_MODES for m, n in [(1, 1), (2, 3), (3, 1), (1, 4)]),
+    *((mode, 2, 2, torch.bfloat16) for mode in DISPATCH_MODES),
+]
+BATCHES = 3
+
+
+def _node_size(n: int) -> int:
+    return 2 if n % 2 == 0 else n
+
+
+@pytest.mark.parametrize("mode, m, n, dtype", LAYERS)
 @pytest.mark.parametrize("name", BACK_ENDS)
 def test_a_layer_equals_the_reference(name: str, mode: str, m: int, n: int, dtype: torch.dtype) -> None:
-    outcomes = values(run_ranks(m + n, run_rank, name, mode, m, n, dtype, 3))
-    for b in range(3):
+    outcomes = values(run_ranks(m + n, run_rank, name, mode, m, n, dtype, BATCHES, _node_size(n)))
+    routed = []
+    for b in range(BATCHES):
         layer = make_layer(num_attention_ranks=m, num_experts=12, topk=3, dtype=dtype, seed=b)
         exact = reference(layer)
         for rank in range(m):
             one = type(exact)([exact.output[rank]], [exact.hidden_grad[rank]], [exact.probs_grad[rank]])
             assert_equal(outcomes[rank][0][b], one, dtype)
-    if mode == "per-expert":
-        rows = sum(
-            int(routing_map.sum())
-            for b in range(3)
-            for routing_map in make_layer(
-                num_attention_ranks=m, num_experts=12, topk=3, dtype=dtype, seed=b
-            ).routing_map
-        )
-        sent = sum(outcomes[rank][1]["M2N A0->F0 r0"] for rank in range(m))
-        assert sent == rows * (6 * dtype.itemsize + 4)
+            routed.append(layer.routing_map[rank].view(13, -1, 12 // n).sum(dim=2))
+    per_rank = torch.cat(routed)  # [tokens, N], pairs of each token on each FFN rank
+    rows = {
+        "per-expert": int(per_rank.sum()),
+        "per-rank": int((per_rank > 0).sum()),
+        "per-node": int((per_rank.view(len(per_rank), -1, _node_size(n)).sum(dim=2) > 0).sum()),
+    }[mode]
+    sent = sum(outcomes[rank][1]["M2N A0->F0 r0"] for rank in range(m))
+    # Each pair has a probability beside the rows, and where rows are shared, the number of its row.
+    assert sent == rows * 6 * dtype.itemsize + int(per_rank.sum()) * (4 if mode == "per-expert" else 8)
 
 
 def _exchange(rank: int, name: str, count: int, ahead: int) -> int:

@@ -11,7 +11,9 @@ from megatron_disagmoe.transport.dispatch.base import (
     ExpertInput,
     gradient_spec,
 )
+from megatron_disagmoe.transport.dispatch.node import NodeChannels, NodeExchange, TransportExchange
 from megatron_disagmoe.transport.dispatch.per_expert import PerExpertDispatcher
+from megatron_disagmoe.transport.dispatch.per_node import PerNodeDispatcher
 from megatron_disagmoe.transport.dispatch.per_rank import PerRankDispatcher
 
 __all__ = [
@@ -20,16 +22,15 @@ __all__ = [
     "DispatchSizes",
     "Dispatcher",
     "ExpertInput",
+    "NodeChannels",
+    "NodeExchange",
+    "TransportExchange",
     "create_dispatcher",
     "gradient_spec",
 ]
 
-_MODES: dict[str, type[Dispatcher]] = {
-    PerExpertDispatcher.mode: PerExpertDispatcher,
-    PerRankDispatcher.mode: PerRankDispatcher,
-}
 #: Names that `create_dispatcher` knows.
-DISPATCH_MODES = tuple(_MODES)
+DISPATCH_MODES = (PerExpertDispatcher.mode, PerRankDispatcher.mode, PerNodeDispatcher.mode)
 
 
 def create_dispatcher(
@@ -43,13 +44,16 @@ def create_dispatcher(
     num_ffn_ranks: int,
     dtype: torch.dtype,
     probs_dtype: torch.dtype,
+    ranks_per_node: int = 1,
 ) -> Dispatcher:
     """Create the dispatcher of ``mode``; the arguments are those of `DispatchSizes`.
+
+    ``per-node`` also needs ``ranks_per_node``: FFN ranks ``n`` with equal ``n // ranks_per_node`` share a node.
 
     Raises:
         ValueError: for an unknown mode or sizes that do not fit together.
     """
-    if mode not in _MODES:
+    if mode not in DISPATCH_MODES:
         raise ValueError(f"unknown dispatch mode {mode!r}; choose from {', '.join(DISPATCH_MODES)}")
     sizes = DispatchSizes(
         num_tokens=num_tokens,
@@ -61,4 +65,6 @@ def create_dispatcher(
         dtype=dtype,
         probs_dtype=probs_dtype,
     )
-    return _MODES[mode](sizes)
+    if mode == PerNodeDispatcher.mode:
+        return PerNodeDispatcher(sizes, ranks_per_node=ranks_per_node)
+    return PerRankDispatcher(sizes) if mode == PerRankDispatcher.mode else PerExpertDispatcher(sizes)

@@ -12,12 +12,15 @@ the matching gradient spec.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec
+
+if TYPE_CHECKING:
+    from megatron_disagmoe.transport.dispatch.node import NodeExchange
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class ExpertInput(NamedTuple):
     """What an FFN rank's experts compute on.
 
     Attributes:
-        tokens: ``[R, h]``, ordered by local expert, then by attention rank, then by token.
+        tokens: ``[R, h]``, ordered by local expert, then by attention rank, then by token (``per-node``: by the rank
+            of the node that forwarded it, then by token).
         tokens_per_expert: int64 ``[E/N]`` on the host.
         probs: ``[R]``.
         state: for `Dispatcher.expert_output`.
@@ -141,9 +145,17 @@ class Dispatcher(ABC):
     def combine(self, received: list[Message], state: CombineState) -> torch.Tensor:
         """Attention side: ``[T, h]`` from one N2M message per FFN rank."""
 
+    #: FFN ranks that exchange rows among themselves within a stage; 1 where none do.
+    node_size: int = 1
+
     @abstractmethod
-    def expert_input(self, received: list[Message]) -> ExpertInput:
-        """FFN side: what the experts compute on, from one M2N message per attention rank."""
+    def expert_input(self, received: list[Message], exchange: NodeExchange | None = None) -> ExpertInput:
+        """FFN side: what the experts compute on, from one M2N message per attention rank.
+
+        Args:
+            received: in order of the attention ranks.
+            exchange: of this stage and micro-batch, where ``node_size`` is more than 1; else ignored.
+        """
 
     @abstractmethod
     def expert_output(self, output: torch.Tensor, state: Any) -> list[Message]:
@@ -159,7 +171,7 @@ class Dispatcher(ABC):
 
 def gradient_spec(spec: MessageSpec) -> MessageSpec:
     """Spec of the message that carries the gradients of ``spec``'s differentiable sections back."""
-    sections = tuple(replace(section) for section in spec.sections if section.differentiable)
+    sections = tuple(section for section in spec.sections if section.differentiable)
     return MessageSpec(header_length=0, sections=sections)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec, Section
 from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, ExpertInput, no_header
+from megatron_disagmoe.transport.dispatch.node import NodeExchange
 from megatron_disagmoe.transport.dispatch.rows import concatenate, deinterleave, interleave, route_rows, select_probs
 
 
@@ -63,7 +64,7 @@ class PerExpertDispatcher(Dispatcher):
             return output.index_add(0, state.token_of_row, rows)
         return output.scatter_add(0, state.token_of_row.unsqueeze(1).expand_as(rows), rows)
 
-    def expert_input(self, received: list[Message]) -> ExpertInput:
+    def expert_input(self, received: list[Message], exchange: NodeExchange | None = None) -> ExpertInput:
         counts = [message.header.tolist() for message in received]
         tokens = interleave([message.sections[0] for message in received], counts)
         probs = interleave([message.sections[1] for message in received], counts).squeeze(-1)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec, Section
 from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, ExpertInput, no_header
+from megatron_disagmoe.transport.dispatch.node import NodeExchange
 from megatron_disagmoe.transport.dispatch.rows import (
     concatenate,
     gather_rows,
@@ -81,7 +82,7 @@ class PerRankDispatcher(Dispatcher):
             return rows
         return sum_rows(rows, state.token_of_row, state.num_tokens)
 
-    def expert_input(self, received: list[Message]) -> ExpertInput:
+    def expert_input(self, received: list[Message], exchange: NodeExchange | None = None) -> ExpertInput:
         counts = [message.header.tolist() for message in received]
         rows = [message.sections[0].shape[0] for message in received]
         starts = [sum(rows[:m]) for m in range(len(rows))]
