@@ -147,7 +147,9 @@ def _goes_first(task: int, other: int, priority: Ints, ready: Ints) -> bool:
 
 
 @njit(cache=True)
-def _enqueue(node: int, queue: int, link: Ints, back: Ints, heads: Ints, tails: Ints, priority: Ints, ready: Ints) -> None:
+def _enqueue(
+    node: int, queue: int, link: Ints, back: Ints, heads: Ints, tails: Ints, priority: Ints, ready: Ints
+) -> None:
     """Insert a node (2 * task, + 1 for its second resource) in the order in which ``queue`` serves."""
     before = tails[queue]
     while before >= 0 and _goes_first(node >> 1, before >> 1, priority, ready):
