@@ -258,7 +258,7 @@ class _Resource:
 
     @property
     def fill(self) -> float:
-        return self.earliest + self.work + self.after+1
+        return self.earliest + self.work + self.after
 
 
 @dataclass

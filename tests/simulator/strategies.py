@@ -94,7 +94,7 @@ def _dependencies(orders: Orders, *, split: bool) -> tuple[np.ndarray, np.ndarra
         )
     }
     back = I if split else B
-    edges = []
+    edges: list[tuple[int, int]] = []
     for micro_batch in range(n):
         path = [at[F, stage, micro_batch] for stage in range(last + 1)]
         path += [at[back, stage, micro_batch] for stage in range(last, -1, -1)]
