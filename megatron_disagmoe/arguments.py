@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_disagmoe.model_layers import LayerLayout, moe_pattern
+from megatron_disagmoe.schedule_choice import NAMES as SCHEDULES
+from megatron_disagmoe.schedule_choice import ScheduleChoice, step_schedule
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.topology import Topology, count_replicas
 
-SCHEDULES = ("interleaved-1f1b", "sequential")
 TRANSPORTS = ("torch",)
 DISPATCH = ("per-expert",)
 INITS = ("replay", "local")
@@ -26,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "af_ffn_ranks": 1,
     "af_schedule": "interleaved-1f1b",
     "af_micro_batch_group_size": None,
+    "af_max_live_micro_batches": None,
     "af_transport": "torch",
     "af_dispatch": "per-expert",
     "af_init": "replay",
@@ -42,8 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--af-ffn-groups", type=int, default=None, help="p_F, FFN groups (default: p_A).")
     group.add_argument("--af-attention-ranks", type=int, default=1, help="M, data-parallel ranks per attention group.")
     group.add_argument("--af-ffn-ranks", type=int, default=1, help="N, expert-parallel ranks per FFN group.")
-    group.add_argument("--af-schedule", type=str, default="interleaved-1f1b", help=" | ".join(SCHEDULES))
+    group.add_argument(
+        "--af-schedule",
+        type=str,
+        default="interleaved-1f1b",
+        help=f"{' | '.join(SCHEDULES)} | a schedule file, which also says which group holds which layer.",
+    )
     group.add_argument("--af-micro-batch-group-size", type=int, default=None, help="G (default: min(4p, n)).")
+    group.add_argument(
+        "--af-max-live-micro-batches", type=int, default=None, help="Most activations alive on a group (default: any)."
+    )
     group.add_argument("--af-transport", type=str, default="torch", help=" | ".join(TRANSPORTS))
     group.add_argument("--af-dispatch", type=str, default="per-expert", help=" | ".join(DISPATCH))
     group.add_argument("--af-init", type=str, default="replay", help="Vanilla's initial weights, or local draws.")
@@ -57,26 +67,51 @@ def layout(args: argparse.Namespace) -> LayerLayout:
     return LayerLayout.from_pattern(moe_pattern(args.moe_layer_freq, args.num_layers))
 
 
+def schedule_choice(args: argparse.Namespace) -> ScheduleChoice:
+    """Which schedule the flags ask for."""
+    return ScheduleChoice(args.af_schedule, args.af_micro_batch_group_size, args.af_max_live_micro_batches)
+
+
+def placement(args: argparse.Namespace) -> Placement:
+    """Which group holds which stage: what a schedule file says, else round-robin.
+
+    Raises:
+        ValueError: where the sizes do not fit together.
+    """
+    num_layers = len(layout(args).moe_layers)
+    choice = schedule_choice(args)
+    if not choice.is_file:
+        ffn_groups = args.af_ffn_groups if args.af_ffn_groups is not None else args.af_attention_groups
+        return Placement.round_robin(
+            num_layers=num_layers, num_attention_groups=args.af_attention_groups, num_ffn_groups=ffn_groups
+        )
+    found = choice.placement()
+    for name, given, unset, from_file in (
+        ("--af-attention-groups", args.af_attention_groups, 1, found.num_attention_groups),
+        ("--af-ffn-groups", args.af_ffn_groups, None, found.num_ffn_groups),
+        ("MoE layers in the model:", num_layers, None, found.num_layers),
+    ):
+        if given not in (unset, from_file):
+            raise ValueError(f"--af-schedule {choice.name} has {from_file}, but {name} {given}: make them equal")
+    return found
+
+
 def topology(args: argparse.Namespace, world_size: int) -> Topology:
     """The topology that the flags ask for.
 
     Raises:
         ValueError: where the sizes do not fit together.
     """
-    num_layers = len(layout(args).moe_layers)
-    ffn_groups = args.af_ffn_groups if args.af_ffn_groups is not None else args.af_attention_groups
+    stages = placement(args)
     replicas = count_replicas(
         world_size,
-        num_attention_groups=args.af_attention_groups,
-        num_ffn_groups=ffn_groups,
+        num_attention_groups=stages.num_attention_groups,
+        num_ffn_groups=stages.num_ffn_groups,
         attention_ranks=args.af_attention_ranks,
         ffn_ranks=args.af_ffn_ranks,
     )
-    placement = Placement.round_robin(
-        num_layers=num_layers, num_attention_groups=args.af_attention_groups, num_ffn_groups=ffn_groups
-    )
     return Topology(
-        placement=placement,
+        placement=stages,
         attention_ranks=args.af_attention_ranks,
         ffn_ranks=args.af_ffn_ranks,
         replicas=replicas,
@@ -103,7 +138,6 @@ def _choices(args: argparse.Namespace) -> list[str]:
     return [
         f"{_flag(name)} {getattr(args, name)!r}: choose from {', '.join(choices)}{later if name != 'af_init' else ''}"
         for name, choices in (
-            ("af_schedule", SCHEDULES),
             ("af_transport", TRANSPORTS),
             ("af_dispatch", DISPATCH),
             ("af_init", INITS),
@@ -114,25 +148,23 @@ def _choices(args: argparse.Namespace) -> list[str]:
 
 def _sizes(args: argparse.Namespace, world_size: int) -> list[str]:
     errors = []
-    for name in ("af_attention_groups", "af_ffn_groups", "af_attention_ranks", "af_ffn_ranks"):
+    for name in (
+        "af_attention_groups",
+        "af_ffn_groups",
+        "af_attention_ranks",
+        "af_ffn_ranks",
+        "af_micro_batch_group_size",
+        "af_max_live_micro_batches",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             errors.append(f"{_flag(name)} must be at least 1, got {value}")
     if not args.af_timeout_seconds > 0:
         errors.append(f"--af-timeout-seconds must be positive, got {args.af_timeout_seconds}")
-    group_size = args.af_micro_batch_group_size
-    if group_size is not None and group_size < 1:
-        errors.append(f"--af-micro-batch-group-size must be at least 1, got {group_size}")
     if not args.num_experts:
         errors.append("--af-pipe needs a mixture of experts: set --num-experts")
     if errors:
         return errors
-    ffn_groups = args.af_ffn_groups
-    if ffn_groups is not None and ffn_groups != args.af_attention_groups:
-        errors.append(
-            f"--af-attention-groups {args.af_attention_groups} and --af-ffn-groups {ffn_groups} differ: "
-            f"uneven depth comes in a later version, make them equal"
-        )
     if args.num_experts % args.af_ffn_ranks:
         errors.append(
             f"--num-experts {args.num_experts} does not divide over --af-ffn-ranks {args.af_ffn_ranks}: "
@@ -156,7 +188,24 @@ def _layers_and_world(args: argparse.Namespace, world_size: int) -> list[str]:
             f"--expert-model-parallel-size {vanilla_ep} names the vanilla run whose initial weights are reproduced; it "
             f"must divide its data-parallel size M*R = {sizes.data_parallel_size} and the {args.num_experts} experts"
         )
-    return errors
+    return errors or _schedule(args, sizes)
+
+
+def _schedule(args: argparse.Namespace, sizes: Topology) -> list[str]:
+    """What is wrong with the training schedule, which is built and verified here, before anything starts."""
+    choice = schedule_choice(args)
+    if choice.is_file and args.rampup_batch_size is not None:
+        several = f"--af-schedule {choice.name} is for one number of micro-batches, --rampup-batch-size has several: "
+        return [several + f"name a schedule ({', '.join(SCHEDULES)}), or drop the ramp-up"]
+    per_micro_batch = args.micro_batch_size * sizes.data_parallel_size
+    global_batch = args.global_batch_size if args.global_batch_size is not None else per_micro_batch
+    if global_batch % per_micro_batch:
+        return []  # Megatron says so itself
+    try:
+        step_schedule(choice, sizes.placement, global_batch // per_micro_batch, forward_only=False)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _is_set(name: str) -> Callable[[argparse.Namespace], bool]:

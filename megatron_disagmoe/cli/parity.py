@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def parity(
-    attention_groups: int = typer.Option(1, help="p_A = p_F."),
+    attention_groups: int = typer.Option(1, help="p_A."),
+    ffn_groups: int | None = typer.Option(None, help="p_F (default: p_A)."),
     attention_ranks: int = typer.Option(1, help="M."),
     ffn_ranks: int = typer.Option(1, help="N."),
     replicas: int = typer.Option(1, help="R."),
@@ -25,6 +27,7 @@ def parity(
     steps: int = typer.Option(20, help="Optimizer steps."),
     dtype: str = typer.Option("fp32", help="fp32 | bf16"),
     schedule: str = typer.Option("interleaved-1f1b", help="--af-schedule"),
+    af_flags: str = typer.Option("", help="More flags for the AF-pipe run alone, in one string."),
     out: Path | None = typer.Option(None, help="Keep the logs in this folder."),
     extra: list[str] | None = typer.Argument(None, help="More Megatron flags for both runs, after --."),
     as_json: bool = JsonOption,
@@ -35,6 +38,7 @@ def parity(
     with bad_input_exits_2():
         case = Case(
             attention_groups=attention_groups,
+            ffn_groups=ffn_groups,
             attention_ranks=attention_ranks,
             ffn_ranks=ffn_ranks,
             replicas=replicas,
@@ -43,6 +47,7 @@ def parity(
             dtype=dtype,
             schedule=schedule,
             extra=tuple(extra or ()),
+            af_extra=tuple(shlex.split(af_flags)),
         )
         _run(case, out, as_json=as_json)
 

@@ -22,7 +22,8 @@ class Case:
     """One comparison.
 
     Attributes:
-        attention_groups: p_A = p_F.
+        attention_groups: p_A.
+        ffn_groups: p_F; as p_A where None.
         attention_ranks: M.
         ffn_ranks: N.
         replicas: R.
@@ -31,6 +32,7 @@ class Case:
         dtype: ``fp32`` or ``bf16``.
         schedule: ``--af-schedule``.
         extra: flags for both runs (they come last, so they win).
+        af_extra: flags for the AF-pipe run alone.
     """
 
     attention_groups: int = 1
@@ -42,6 +44,8 @@ class Case:
     dtype: str = "fp32"
     schedule: str = "interleaved-1f1b"
     extra: tuple[str, ...] = field(default=())
+    af_extra: tuple[str, ...] = field(default=())
+    ffn_groups: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp32", "bf16"):
@@ -49,11 +53,14 @@ class Case:
         for name in ("attention_groups", "attention_ranks", "ffn_ranks", "replicas", "layers", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.ffn_groups is not None and self.ffn_groups < 1:
+            raise ValueError(f"--ffn-groups must be at least 1, got {self.ffn_groups}")
 
     @property
     def af_world_size(self) -> int:
         """Processes of the AF-pipe run."""
-        return self.replicas * self.attention_groups * (self.attention_ranks + self.ffn_ranks)
+        ffn_groups = self.ffn_groups or self.attention_groups
+        return self.replicas * (self.attention_groups * self.attention_ranks + ffn_groups * self.ffn_ranks)
 
     @property
     def vanilla_world_size(self) -> int:
@@ -74,9 +81,11 @@ class Case:
             *self.vanilla_flags(),
             "--af-pipe",
             *("--af-attention-groups", str(self.attention_groups)),
+            *(() if self.ffn_groups is None else ("--af-ffn-groups", str(self.ffn_groups))),
             *("--af-attention-ranks", str(self.attention_ranks)),
             *("--af-ffn-ranks", str(self.ffn_ranks)),
             *("--af-schedule", self.schedule),
+            *self.af_extra,
         ]
 
     def with_extra(self, *flags: str) -> Case:

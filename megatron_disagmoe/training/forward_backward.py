@@ -55,7 +55,7 @@ def forward_backward(
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
     pipe = _pipe(unwrap_model(model))
     step = _Step(model, num_microbatches, forward_only=forward_only)
-    schedule = schedule_for(num_microbatches, forward_only=forward_only)
+    schedule = schedule_for(num_microbatches, forward_only=forward_only).schedule
     timers = step.config.timers
     if timers is not None:
         timers("forward-backward", log_level=1).start(barrier=step.config.barrier_with_L1_time)

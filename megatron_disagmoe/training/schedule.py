@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-
 from megatron.training import get_args
 
-from megatron_disagmoe import parallel_state
-from megatron_disagmoe.builders.sequential import sequential
-from megatron_disagmoe.schedules.actions import Schedule
-from megatron_disagmoe.schedules.lowering import lowered
+from megatron_disagmoe import arguments, parallel_state
+from megatron_disagmoe.schedule_choice import step_schedule
+from megatron_disagmoe.schedules.verifier import Report
 
 
-@functools.cache
-def schedule_for(num_micro_batches: int, *, forward_only: bool) -> Schedule:
-    """This run's schedule for ``num_micro_batches``, with its transfers.
+def schedule_for(num_micro_batches: int, *, forward_only: bool) -> Report:
+    """This run's schedule for ``num_micro_batches``, with its transfers, and what the verifier found.
 
     Every rank builds the same one from the same flags.
     """
-    args = get_args()
-    return lowered(
-        sequential(
-            parallel_state.state().topology.placement, num_micro_batches=num_micro_batches, forward_only=forward_only
-        )
+    placement = parallel_state.state().topology.placement
+    return step_schedule(
+        arguments.schedule_choice(get_args()), placement, num_micro_batches, forward_only=forward_only
     )

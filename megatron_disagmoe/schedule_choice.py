@@ -1,0 +1,114 @@
+"""Which schedule a run follows: a builder by name or a file; always verified first. No torch, no Megatron."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_disagmoe.schedules.actions import Placement, Schedule
+from megatron_disagmoe.schedules.text import load
+from megatron_disagmoe.schedules.verifier import Report, UnsafeScheduleError, ensure_safe
+
+#: Builders that ``--af-schedule`` knows by name; ``builders.KINDS`` is the same list, and importing it takes longer.
+NAMES = ("interleaved-1f1b", "split-backward", "sequential")
+
+#: What evaluation follows where training follows a file.
+_FORWARD_ONLY = "interleaved-1f1b"
+
+
+@dataclass(frozen=True)
+class ScheduleChoice:
+    """What the flags ask for.
+
+    Attributes:
+        name: one of ``NAMES``, or the path of a schedule file.
+        group_size: ``--af-micro-batch-group-size``, for the interleaved kinds.
+        max_live: ``--af-max-live-micro-batches``.
+    """
+
+    name: str
+    group_size: int | None = None
+    max_live: int | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file says it all."""
+        return self.name not in NAMES
+
+    def placement(self) -> Placement:
+        """The placement that the file states.
+
+        Raises:
+            ValueError: where it cannot be read.
+        """
+        assert self.is_file, "a builder takes the placement, a file gives it"
+        return _load(self.name).placement
+
+
+@functools.lru_cache(maxsize=64)
+def step_schedule(
+    choice: ScheduleChoice, placement: Placement, num_micro_batches: int, *, forward_only: bool
+) -> Report:
+    """The schedule of a step with its transfers, and what the verifier says of it; the same on every rank.
+
+    Evaluation of a run that follows a file is built for the file's placement.
+
+    Raises:
+        ValueError: where there is no such schedule, or the file is for another number of micro-batches.
+        UnsafeScheduleError: where it is not safe to run; the message draws every fault.
+    """
+    if choice.is_file and not forward_only:
+        schedule = _from_file(choice, placement, num_micro_batches)
+    else:
+        schedule = _built(choice, placement, num_micro_batches, forward_only=forward_only)
+    try:
+        return ensure_safe(schedule, max_live=None if forward_only else choice.max_live)
+    except UnsafeScheduleError as error:
+        raise UnsafeScheduleError(f"--af-schedule {choice.name}: {error}") from None
+
+
+def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int, *, forward_only: bool) -> Schedule:
+    from megatron_disagmoe import builders
+
+    group_size = choice.group_size
+    symmetric = placement.num_attention_groups == placement.num_ffn_groups
+    if group_size is None and choice.max_live is None and symmetric:
+        # Without measured times one round of the ring, communication counted as stages, is the size to take.
+        group_size = 4 * placement.num_attention_groups
+    return builders.build(
+        _FORWARD_ONLY if choice.is_file else choice.name,
+        placement,
+        num_micro_batches=num_micro_batches,
+        costs=builders.NOMINAL_COSTS,
+        group_size=group_size,
+        max_live=None if forward_only else choice.max_live,
+        forward_only=forward_only,
+    )
+
+
+def _from_file(choice: ScheduleChoice, placement: Placement, num_micro_batches: int) -> Schedule:
+    schedule = _load(choice.name)
+    if schedule.forward_only:
+        raise ValueError(f"--af-schedule {choice.name} is forward only; training needs backward actions")
+    if schedule.num_micro_batches != num_micro_batches:
+        raise ValueError(
+            f"--af-schedule {choice.name} is for {schedule.num_micro_batches} micro-batches, but a step of this run "
+            f"has {num_micro_batches} (--global-batch-size / (--micro-batch-size x attention ranks x replicas)): "
+            f"make them equal"
+        )
+    assert schedule.placement == placement, "the topology is made from the file"
+    return schedule
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: str) -> Schedule:
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--af-schedule {path!r} is neither one of {', '.join(NAMES)} nor a file; name one of them, or write a "
+            f"file with disagmoe schedule build"
+        )
+    try:
+        return load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--af-schedule {path}: {error}") from None
