@@ -31,7 +31,7 @@ def check(checkout: Path = CheckoutArgument, as_json: bool = JsonOption) -> None
 
 @app.command()
 def apply(checkout: Path = CheckoutArgument, as_json: bool = JsonOption) -> None:
-    """Apply all patches for its version, or none; doing it again changes nothing."""
+    """Apply all patches for its version, or none; doing it again changes nothing. Refuses a dirty tree."""
     _run(patching.apply, checkout, as_json)
 
 
@@ -56,7 +56,7 @@ def _render(report: patching.Report, console: Console) -> None:
     for file in report.files:
         written = " (written)" if file.path in report.changed else ""
         line(f"  {file.path}: {file.state}{written}, {', '.join(file.patches)}")
-    if report.other_changes:
+    if report.other_changes and report.state == "patched":
         line(f"  not ours, left alone: uncommitted changes in {', '.join(report.other_changes)}")
     for error in report.errors:
         line(f"  {error}")

@@ -14,6 +14,7 @@ from megatron_disagmoe.patching.index import Patch, Release, releases
 from megatron_disagmoe.patching.writing import replace_all
 
 PACKAGE_INFO = "megatron/core/package_info.py"
+_SHOWN = 5
 
 FileStateName = Literal["unpatched", "patched", "conflict"]
 State = Literal["unpatched", "patched", "partial", "conflict", "unknown-version"]
@@ -32,7 +33,7 @@ class FileState:
 class Report:
     """What was found. ``errors`` are the reasons, with remedies, why this tool will not write there.
 
-    ``other_changes``: uncommitted changes in files that no patch concerns; they are in nobody's way.
+    ``other_changes``: uncommitted changes in files that no patch concerns; they keep patches out, not in.
     ``changed``: the files that were written.
     """
 
@@ -58,7 +59,7 @@ def inspect(root: Path, *, patches_folder: Path | None = None) -> Report:
 
 
 def apply(root: Path, *, patches_folder: Path | None = None) -> Report:
-    """Patch every file that is not patched yet; all of them or none.
+    """Patch every file that is not patched yet; all of them or none. Refuses a tree with uncommitted changes.
 
     Raises:
         ValueError: with every reason, where ``inspect`` finds errors.
@@ -113,14 +114,18 @@ class _Inspection:
 
     def report(self, changed: Sequence[str] = ()) -> Report:
         git = git_state(self.root)
+        state = self._state()
         return Report(
             version=self.version,
-            state=self._state(),
+            state=state,
             files=self.files,
-            errors=tuple(self._errors(git)),
-            other_changes=tuple(sorted({*git.changed()} - {file.path for file in self.files})) if git else (),
+            errors=tuple(self.errors(git, wanted="unpatched" if state == "patched" else "patched")),
+            other_changes=self._other_changes(git),
             changed=tuple(changed),
         )
+
+    def _other_changes(self, git: GitState | None) -> tuple[str, ...]:
+        return tuple(sorted({*git.changed()} - {file.path for file in self.files})) if git else ()
 
     def _look_at(self, path: str, release: Release) -> FileState:
         patches = [patch for patch in release.patches if path in patch.paths]
@@ -151,7 +156,8 @@ class _Inspection:
             return "conflict"
         return "partial" if len(states) > 1 else states.pop()
 
-    def _errors(self, git: GitState | None) -> list[str]:
+    def errors(self, git: GitState | None, *, wanted: Literal["patched", "unpatched"]) -> list[str]:
+        """Why this checkout cannot be brought into the state ``wanted``, with remedies."""
         if self.release is None:
             versions = ", ".join(version for release in self.known for version in release.versions)
             tags = ", ".join(release.tag for release in self.known)
@@ -168,6 +174,11 @@ class _Inspection:
                 f"(git restore --staged --worktree {path})"
                 for path in dirty
             ]
+        others = self._other_changes(git)
+        if wanted == "patched" and self._state() != "patched" and others:
+            shown = ", ".join(others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+            files = "1 tracked file" if len(others) == 1 else f"{len(others)} tracked files"
+            errors.append(f"the tree is dirty, {files} changed ({shown}): commit or stash that")
         return errors
 
     def _conflict(self, file: FileState) -> str:
@@ -186,7 +197,7 @@ class _Inspection:
 
 def _write(root: Path, patches_folder: Path | None, *, wanted: Literal["patched", "unpatched"]) -> Report:
     inspection = _Inspection(root, patches_folder)
-    errors = inspection.report().errors
+    errors = inspection.errors(git_state(inspection.root), wanted=wanted)
     if errors:
         raise ValueError("nothing was changed: " + "; ".join(errors))
     contents: Mapping[str, bytes] = inspection.patched if wanted == "patched" else inspection.unpatched

@@ -51,6 +51,13 @@ def test_conflict(checkout: Path) -> None:
     assert "git restore" in report["errors"][0]
 
 
+def test_dirty_tree(repository: Path) -> None:
+    (repository / "megatron/core/utils.py").write_text("\n")
+    codes = {command: disagmoe_patch(command, repository).exit_code for command in ("status", "check", "apply")}
+    assert codes == {"status": 0, "check": 1, "apply": 2}
+    assert "the tree is dirty" in disagmoe_patch("status", repository).stdout
+
+
 def test_refusal_goes_to_standard_error_alone(checkout: Path) -> None:
     (checkout / PACKAGE_INFO).write_text("MAJOR = 0\nMINOR = 20\nPATCH = 0\nPRE_RELEASE = ''\n")
     result = disagmoe_patch("apply", checkout, "--json")
@@ -66,8 +73,9 @@ def test_no_checkout_is_bad_input(tmp_path: Path, command: str) -> None:
 
 
 def test_people_see_version_state_files_and_what_stands_in_the_way(repository: Path) -> None:
-    (repository / "megatron/core/utils.py").write_text("\n")
     shown = disagmoe_patch("apply", repository).stdout.splitlines()
+    (repository / "megatron/core/utils.py").write_text("\n")
+    shown.append(disagmoe_patch("status", repository).stdout.splitlines()[-1])
     assert shown == [
         "Megatron Core 0.19.2: patched",
         f"  {PATCHED_FILE}: patched (written), core_v0.19/0001-activate-before-core.patch",

@@ -183,12 +183,29 @@ class TestRepository:
         patching.revert(repository)
         assert git(repository, "status", "--porcelain") == ""
 
-    def test_changes_in_other_files_are_reported_and_left_alone(self, repository: Path) -> None:
+    @pytest.mark.parametrize("staged", [False, True])
+    def test_dirty_tree_is_not_patched(self, repository: Path, staged: bool) -> None:
         append(repository, OTHER_FILE)
-        (repository / "notes.txt").write_text("untracked\n")
+        if staged:
+            git(repository, "add", OTHER_FILE)
+        before = tree(repository)
+        with pytest.raises(ValueError, match=rf"the tree is dirty, 1 tracked file changed \({OTHER_FILE}\)"):
+            patching.apply(repository)
+        assert not patching.inspect(repository).as_json()["ok"]
+        assert patching.revert(repository).changed == ()  # there is nothing to take back
+        assert tree(repository) == before
+
+    def test_patched_tree_may_get_dirty(self, repository: Path) -> None:
+        patching.apply(repository)
+        append(repository, OTHER_FILE)
         report = patching.apply(repository)
-        assert (report.state, report.other_changes) == ("patched", (OTHER_FILE,))
+        assert (report.state, report.other_changes, report.errors) == ("patched", (OTHER_FILE,), ())
+        assert patching.revert(repository).changed == (PATCHED_FILE,)
         assert (repository / OTHER_FILE).read_text().endswith("\nMINE = 1\n")
+
+    def test_untracked_files_are_in_nobodys_way(self, repository: Path) -> None:
+        (repository / "notes.txt").write_text("untracked\n")
+        assert patching.apply(repository).state == "patched"
 
     def test_committed_patch_can_be_reverted_and_applied_again(self, repository: Path) -> None:
         patching.apply(repository)
@@ -234,8 +251,11 @@ class TestRepository:
     def test_folder_inside_an_outer_repository(self, checkout: Path) -> None:
         outer = checkout.parent
         git(outer, "init", "-q")
+        (outer / "beside.txt").touch()
         git(outer, "add", ".")
         commit(outer, "vendored")
+        append(outer, "beside.txt")
+        assert patching.apply(checkout).other_changes == ()  # what lies beside the checkout does not count
         append(checkout, OTHER_FILE)
         assert patching.apply(checkout).other_changes == (OTHER_FILE,)
         append(checkout, PATCHED_FILE)
