@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_disagmoe.transport.dispatch import (
     create_dispatcher,
 )
 from megatron_disagmoe.transport.torch_backend import TorchTransport
-from tests.transport.local import Result, backward, experts, gradients, make_layer, run_backward
+from tests.transport.local import Layer, Result, backward, experts, gradients, make_layer, run_backward
 
 #: Back ends under test; ``torch-exact`` posts bodies when their sizes are known, as NCCL needs.
 BACK_ENDS = [
@@ -34,6 +35,8 @@ BACK_ENDS = [
     "torch-exact",
     pytest.param("nixl", marks=pytest.mark.skipif(find_spec("nixl") is None, reason="the package nixl is missing")),
 ]
+
+NUM_EXPERTS, TOPK = 12, 3
 
 
 def open_transport(name: str, channels: list[ChannelSpec], *, timeout_seconds: float = 30) -> Transport:
@@ -43,29 +46,54 @@ def open_transport(name: str, channels: list[ChannelSpec], *, timeout_seconds: f
     return create_transport(name, channels, device=cpu, timeout_seconds=timeout_seconds)
 
 
-def layer_channels(m: int, n: int) -> dict[str, ChannelSpec]:
-    attention, ffn = tuple(range(m)), tuple(range(m, m + n))
-    return {
-        "M2N": ChannelSpec("M2N A0->F0 r0", attention, ffn),
-        "N2M": ChannelSpec("N2M F0->A0 r0", ffn, attention),
-        "M2N.grad": ChannelSpec("M2N.grad F0->A0 r0", ffn, attention),
-        "N2M.grad": ChannelSpec("N2M.grad A0->F0 r0", attention, ffn),
-    }
+@dataclass(frozen=True)
+class Case:
+    """One layer to run: dispatch mode, M, N, precision, FFN ranks a node."""
 
+    mode: str
+    m: int
+    n: int
+    dtype: torch.dtype = torch.float32
+    ranks_per_node: int = 2
 
-def node_channels(m: int, n: int, node_size: int) -> list[NodeChannels]:
-    """Of every node of FFN ranks; none where a node is one rank."""
-    starts = range(m, m + n, node_size) if node_size > 1 else ()
-    return [NodeChannels.among(range(start, start + node_size), name=f"F0 r0 at {start}") for start in starts]
+    def dispatcher(self) -> Dispatcher:
+        return create_dispatcher(
+            self.mode,
+            num_tokens=13,
+            hidden_size=6,
+            num_experts=NUM_EXPERTS,
+            topk=TOPK,
+            num_attention_ranks=self.m,
+            num_ffn_ranks=self.n,
+            dtype=self.dtype,
+            probs_dtype=torch.float32,
+            ranks_per_node=self.ranks_per_node,
+        )
+
+    def layer(self, micro_batch: int) -> Layer:
+        return make_layer(
+            num_attention_ranks=self.m, num_experts=NUM_EXPERTS, topk=TOPK, dtype=self.dtype, seed=micro_batch
+        )
+
+    def edges(self) -> dict[str, ChannelSpec]:
+        attention, ffn = tuple(range(self.m)), tuple(range(self.m, self.m + self.n))
+        ends = {"M2N": (attention, ffn), "N2M": (ffn, attention), "M2N.grad": (ffn, attention)}
+        ends["N2M.grad"] = attention, ffn
+        return {edge: ChannelSpec(f"{edge} {self.mode} {self.dtype}", *ranks) for edge, ranks in ends.items()}
+
+    def nodes(self) -> list[NodeChannels]:
+        """Of every node of FFN ranks; none where the mode exchanges nothing on a node."""
+        size = self.dispatcher().node_size
+        starts = range(self.m, self.m + self.n, size) if size > 1 else ()
+        return [NodeChannels.among(range(s, s + size), name=f"{self.mode} {self.dtype} {s}") for s in starts]
 
 
 class Edges:
     """Sends to and receives from every rank of the other side."""
 
-    def __init__(self, transport: Transport, dispatcher: Dispatcher, *, peers: list[int]) -> None:
-        sizes = dispatcher.sizes
+    def __init__(self, transport: Transport, case: Case, dispatcher: Dispatcher, *, peers: list[int]) -> None:
         self.transport, self.peers = transport, peers
-        self.channels = layer_channels(sizes.num_attention_ranks, sizes.num_ffn_ranks)
+        self.channels = case.edges()
         self.specs = {
             "M2N": dispatcher.m2n_spec(),
             "N2M": dispatcher.n2m_spec(),
@@ -98,44 +126,34 @@ def arrived(handles: list[RecvHandle], spec: MessageSpec) -> list[Message]:
 
 
 def run_rank(
-    rank: int, name: str, mode: str, m: int, n: int, dtype: torch.dtype, num_micro_batches: int, ranks_per_node: int = 2
-) -> tuple[list[Result], dict[str, int]]:
-    """All micro-batches forward, then all backward; an attention rank returns its results and bytes sent."""
-    topk, num_experts = 3, 12
-    dispatcher = create_dispatcher(
-        mode,
-        num_tokens=13,
-        hidden_size=6,
-        num_experts=num_experts,
-        topk=topk,
-        num_attention_ranks=m,
-        num_ffn_ranks=n,
-        dtype=dtype,
-        probs_dtype=torch.float32,
-        ranks_per_node=ranks_per_node,
-    )
-    nodes = node_channels(m, n, dispatcher.node_size)
-    channels = [*layer_channels(m, n).values(), *(channel for node in nodes for channel in node.all)]
+    rank: int, name: str, cases: Sequence[Case], num_micro_batches: int
+) -> tuple[list[list[Result]], dict[str, int]]:
+    """Every case: all micro-batches forward, then all backward. Results of an attention rank, and bytes sent."""
+    channels = [*(channel for case in cases for channel in case.edges().values())]
+    channels += [channel for case in cases for node in case.nodes() for channel in node.all]
     transport = open_transport(name, channels)
-    layers = [
-        make_layer(num_attention_ranks=m, num_experts=num_experts, topk=topk, dtype=dtype, seed=b)
-        for b in range(num_micro_batches)
-    ]
-    if rank < m:
-        edges = Edges(transport, dispatcher, peers=list(range(m, m + n)))
-        results = _attention_side(rank, edges, dispatcher, layers)
-    else:
-        edges = Edges(transport, dispatcher, peers=list(range(m)))
-        node = nodes[(rank - m) // dispatcher.node_size] if nodes else None
-        exchanges = [
-            TransportExchange(transport, node, rank=rank, layer=0, micro_batch=b) if node is not None else None
-            for b in range(num_micro_batches)
-        ]
-        results = _ffn_side(rank - m, edges, dispatcher, layers, exchanges)
+    results = [_run_case(rank, transport, case, num_micro_batches) for case in cases]
     transport.flush()
     sent = transport.bytes_sent
     transport.close()
     return results, sent
+
+
+def _run_case(rank: int, transport: Transport, case: Case, num_micro_batches: int) -> list[Result]:
+    dispatcher = case.dispatcher()
+    layers = [case.layer(b) for b in range(num_micro_batches)]
+    m, n = case.m, case.n
+    if rank < m:
+        edges = Edges(transport, case, dispatcher, peers=list(range(m, m + n)))
+        return _attention_side(rank, edges, dispatcher, layers)
+    edges = Edges(transport, case, dispatcher, peers=list(range(m)))
+    nodes = case.nodes()
+    node = nodes[(rank - m) // dispatcher.node_size] if nodes else None
+    exchanges = [
+        TransportExchange(transport, node, rank=rank, layer=0, micro_batch=b) if node is not None else None
+        for b in range(num_micro_batches)
+    ]
+    return _ffn_side(rank - m, edges, dispatcher, layers, exchanges)
 
 
 def _attention_side(rank: int, edges: Edges, dispatcher: Dispatcher, layers: list[Any]) -> list[Result]:
@@ -166,7 +184,8 @@ def _attention_side(rank: int, edges: Edges, dispatcher: Dispatcher, layers: lis
         run_backward(pairs)
         assert hidden[b].grad is not None
         assert probs[b].grad is not None
-        results.append(Result([outputs[b]], [hidden[b].grad], [probs[b].grad]))
+        # Clones: where N = 1 a gradient is the received one itself, and its buffer goes back.
+        results.append(Result([outputs[b]], [hidden[b].grad.clone()], [probs[b].grad.clone()]))
         for handle in [*back[b], *returned[b]]:
             handle.release()
     return results

@@ -10,8 +10,8 @@ import torch
 
 from megatron_disagmoe.transport import ChannelSpec, Message, MessageSpec, Section, TransferKey, create_transport
 from megatron_disagmoe.transport.dispatch import DISPATCH_MODES
-from tests.transport.layer import BACK_ENDS, open_transport, run_rank
-from tests.transport.local import assert_equal, make_layer, reference
+from tests.transport.layer import BACK_ENDS, Case, open_transport, run_rank
+from tests.transport.local import Result, assert_equal, reference
 from tests.transport.ranks import run_ranks, values
 
 THERE = ChannelSpec("M2N A0->F0 r0", (0,), (1,))
@@ -45,39 +45,32 @@ def same(ours: Message, theirs: Message) -> bool:
     return all(torch.equal(a, b) for a, b in zip((ours[0], *ours[1]), (theirs[0], *theirs[1]), strict=True))
 
 
-#: Sizes, number of micro-batches and FFN ranks a node that the back ends are tried with.
-LAYERS = [
-    *((mode, m, n, torch.float32) for mode in DISPATCH_MODES for m, n in [(1, 1), (2, 3), (3, 1), (1, 4)]),
-    *((mode, 2, 2, torch.bfloat16) for mode in DISPATCH_MODES),
-]
-BATCHES = 3
-
-
-def _node_size(n: int) -> int:
-    return 2 if n % 2 == 0 else n
-
-
-@pytest.mark.parametrize("mode, m, n, dtype", LAYERS)
+@pytest.mark.parametrize("m, n", [(1, 1), (2, 3), (3, 1), (1, 4), (2, 2)])
 @pytest.mark.parametrize("name", BACK_ENDS)
-def test_a_layer_equals_the_reference(name: str, mode: str, m: int, n: int, dtype: torch.dtype) -> None:
-    outcomes = values(run_ranks(m + n, run_rank, name, mode, m, n, dtype, BATCHES, _node_size(n)))
-    routed = []
-    for b in range(BATCHES):
-        layer = make_layer(num_attention_ranks=m, num_experts=12, topk=3, dtype=dtype, seed=b)
-        exact = reference(layer)
-        for rank in range(m):
-            one = type(exact)([exact.output[rank]], [exact.hidden_grad[rank]], [exact.probs_grad[rank]])
-            assert_equal(outcomes[rank][0][b], one, dtype)
-            routed.append(layer.routing_map[rank].view(13, -1, 12 // n).sum(dim=2))
-    per_rank = torch.cat(routed)  # [tokens, N], pairs of each token on each FFN rank
-    rows = {
-        "per-expert": int(per_rank.sum()),
-        "per-rank": int((per_rank > 0).sum()),
-        "per-node": int((per_rank.view(len(per_rank), -1, _node_size(n)).sum(dim=2) > 0).sum()),
-    }[mode]
-    sent = sum(outcomes[rank][1]["M2N A0->F0 r0"] for rank in range(m))
-    # Each pair has a probability beside the rows, and where rows are shared, the number of its row.
-    assert sent == rows * 6 * dtype.itemsize + int(per_rank.sum()) * (4 if mode == "per-expert" else 8)
+def test_a_layer_equals_the_reference(name: str, m: int, n: int) -> None:
+    node_size, batches = 2 if n % 2 == 0 else n, range(3)
+    dtypes = (torch.float32, torch.bfloat16) if m == n else (torch.float32,)
+    cases = [Case(mode, m, n, dtype, node_size) for mode in DISPATCH_MODES for dtype in dtypes]
+    outcomes = values(run_ranks(m + n, run_rank, name, cases, len(batches)))
+    for number, case in enumerate(cases):
+        routed = []
+        for b in batches:
+            layer = case.layer(b)
+            exact = reference(layer)
+            for rank in range(m):
+                one = Result([exact.output[rank]], [exact.hidden_grad[rank]], [exact.probs_grad[rank]])
+                assert_equal(outcomes[rank][0][number][b], one, case.dtype)
+                routed.append(layer.routing_map[rank].view(13, n, -1).sum(dim=2))
+        per_rank = torch.cat(routed)  # [tokens, N], experts of each token on each FFN rank
+        pairs = int(per_rank.sum())
+        rows = {
+            "per-expert": pairs,
+            "per-rank": int((per_rank > 0).sum()),
+            "per-node": int((per_rank.view(len(per_rank), -1, node_size).sum(dim=2) > 0).sum()),
+        }[case.mode]
+        sent = sum(outcomes[rank][1][case.edges()["M2N"].name] for rank in range(m))
+        # A pair has a probability beside the rows and, where rows are shared, the number of its row.
+        assert sent == rows * 6 * case.dtype.itemsize + pairs * (4 if case.mode == "per-expert" else 8)
 
 
 def _exchange(rank: int, name: str, count: int, ahead: int) -> int:
