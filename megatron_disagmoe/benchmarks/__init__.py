@@ -1,0 +1,1 @@
+"""What `disagmoe bench` measures, one module each."""
