@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-GRACE_SECONDS = 20.0
-"""How long the other ranks wait for rank 0 to print and end, so that torchrun does not stop it before it has."""
+GRACE_SECONDS = 45.0
+"""How long the other ranks wait for rank 0 to print and end, so that torchrun does not stop it before it has.
+
+On a busy machine the ranks' imports end many seconds apart; once rank 0 has ended, torchrun ends the others at once."""
 
 
 def exit_with_message(message: str) -> NoReturn:

@@ -25,6 +25,18 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     Megatron happens here, so call it before that, with ``sys.path`` as the script will see it.
     ``ValueError`` for what the user can mend, ``SeamGone`` for a Megatron whose parts are not where they should be.
     """
+    added = make_ready(arguments)
+    from megatron_disagmoe.training import install
+
+    if added and os.environ.get("RANK", "0") == "0":
+        print(f"disagmoe: no CUDA device, so Megatron runs on the CPU, with {' '.join(added)}", flush=True)
+    flags = [*arguments, *added]
+    install.install_plugin(flags)
+    return flags
+
+
+def make_ready(arguments: Sequence[str]) -> list[str]:
+    """The part of ``prepare`` that Megatron needs to be imported here at all; the flags that this machine needs too."""
     from megatron_disagmoe import cpu, hook
 
     hook.stand_down()
@@ -32,15 +44,10 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     cpu.install_if_needed()
 
     from megatron_disagmoe import megatron_seams, upstream_fixes
-    from megatron_disagmoe.training import install
 
     megatron_seams.check_version()
     upstream_fixes.install()
-    if added and os.environ.get("RANK", "0") == "0":
-        print(f"disagmoe: no CUDA device, so Megatron runs on the CPU, with {' '.join(added)}", flush=True)
-    flags = [*arguments, *added]
-    install.install_plugin(flags)
-    return flags
+    return added
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,9 +10,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_disagmoe import arguments, megatron_seams
-from megatron_disagmoe.errors import exit_with_message
+from megatron_disagmoe import megatron_seams
+from megatron_disagmoe.errors import bad_input_ends_the_job, exit_with_message
 from megatron_disagmoe.parity import step_values
+from megatron_disagmoe.training import command_line
 
 _TRAINING = "megatron.training.training"
 
@@ -24,34 +25,20 @@ def install_plugin(flags: Sequence[str]) -> None:
     """
     if megatron_seams.is_patched("megatron.training.arguments:add_megatron_arguments"):
         return
-    megatron_seams.wrap("megatron.training.arguments:add_megatron_arguments", _with_af_arguments)
+    megatron_seams.wrap(
+        "megatron.training.arguments:add_megatron_arguments",
+        lambda original: command_line.with_af_arguments(original, exit_with_message),
+    )
     megatron_seams.wrap("megatron.training.arguments:validate_args", _validating_af)
     step_values.record_if_asked()
     if "--af-pipe" in flags:
         _install_af_pipe()
 
 
-def _with_af_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
-    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return arguments.add_arguments(original(parser))
-
-    return add_megatron_arguments
-
-
 def _validating_af(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: argparse.Namespace, defaults: dict[str, Any] | None = None) -> argparse.Namespace:
-        errors = arguments.check(args, args.world_size)
-        if errors:
-            exit_with_message("\n          ".join(errors))
-        if not args.af_pipe:
-            return original(args, defaults or {})
-        # Megatron derives data-parallel size and micro-batch counts from the world: it is told of one attention
-        # group's ranks, which is the world of the vanilla run that this one equals.
-        world_size = args.world_size
-        args.world_size = arguments.topology(args, world_size).data_parallel_size
-        args = original(args, defaults or {})
-        args.world_size = world_size
-        return args
+        with bad_input_ends_the_job():
+            return command_line.validate(original, args, defaults)
 
     return validate_args
 

@@ -1,0 +1,127 @@
+"""Everything that can be wrong with the flags, found before a process group exists."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from megatron_disagmoe.arguments.flags import FLAGS, given, settle
+from megatron_disagmoe.arguments.refusals import refused
+from megatron_disagmoe.arguments.sizes import layout, schedule_choice, topology
+from megatron_disagmoe.schedule_choice import NAMES as SCHEDULES
+from megatron_disagmoe.schedule_choice import step_schedule
+from megatron_disagmoe.topology import Topology
+
+#: Megatron's flags without which it says "assertion failed", or we cannot work anything out.
+_NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "num_experts")
+
+
+def check(args: argparse.Namespace, world_size: int) -> list[str]:
+    """What is wrong with the flags for ``world_size`` processes, as messages; empty where training can start.
+
+    Settles the AF flags (``flags.settle``).
+    """
+    if not args.af_pipe:
+        without = given(args)
+        return [f"{', '.join(without)} without --af-pipe: add --af-pipe, or drop them"] if without else []
+    errors = _values(args)
+    if not errors:
+        try:
+            settle(args)
+        except ValueError as error:
+            errors.append(str(error))
+    errors += refused(args)
+    missing = [_flag(name) for name in _NEEDED if getattr(args, name) in (None, 0)]
+    if missing:
+        errors.append(f"--af-pipe trains a mixture-of-experts GPT, and {', '.join(missing)} is not set: set it")
+    return errors or _not_here(args) + _sizes(args, world_size)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _values(args: argparse.Namespace) -> list[str]:
+    values = ((flag, getattr(args, flag.dest)) for flag in FLAGS)
+    return [fault for flag, value in values if value is not None and (fault := flag.fault(value))]
+
+
+def _not_here(args: argparse.Namespace) -> list[str]:
+    """What the flags ask for and this installation, or this version, does not have."""
+    errors = []
+    if args.af_transport == "nixl" and importlib.util.find_spec("nixl") is None:
+        errors.append("--af-transport nixl needs the package nixl, which is not installed: pip install nixl==1.5.1")
+    for flag, value in (("--af-plan", args.af_plan), ("--af-wire-dtype", args.af_wire_dtype)):
+        if value is not None:
+            errors.append(f"{flag} {value}: this version cannot do that yet, drop it")
+    return errors
+
+
+def _sizes(args: argparse.Namespace, world_size: int) -> list[str]:
+    experts, topk = args.num_experts, args.moe_router_topk
+    errors = []
+    if experts % args.af_ffn_ranks:
+        errors.append(
+            f"--num-experts {experts} does not divide over --af-ffn-ranks {args.af_ffn_ranks}: "
+            f"choose a divisor of {experts}"
+        )
+    if topk > experts:
+        errors.append(f"--moe-router-topk {topk} is more than --num-experts {experts}: choose at most {experts}")
+    try:
+        num_layers = len(layout(args).moe_layers)
+        if not num_layers:
+            return [*errors, "--moe-layer-freq leaves no MoE layer: AF-pipe needs at least one"]
+        sizes = topology(args, world_size)
+    except ValueError as error:
+        return [*errors, str(error)]
+    vanilla_ep = args.expert_model_parallel_size
+    if sizes.data_parallel_size % vanilla_ep or experts % vanilla_ep:
+        errors.append(
+            f"--expert-model-parallel-size {vanilla_ep} names the vanilla run whose initial weights are reproduced; it "
+            f"must divide its data-parallel size M*R = {sizes.data_parallel_size} and the {experts} experts"
+        )
+    errors += _batches(args, sizes)
+    return errors or _schedule(args, sizes)
+
+
+def _micro_batches(args: argparse.Namespace, sizes: Topology) -> int:
+    """Of a step at full batch size; the batch sizes are known to divide."""
+    per_micro_batch = args.micro_batch_size * sizes.data_parallel_size
+    global_batch_size = args.global_batch_size or per_micro_batch
+    return int(global_batch_size // per_micro_batch)
+
+
+def _batches(args: argparse.Namespace, sizes: Topology) -> list[str]:
+    """Batch sizes that do not come out as whole micro-batches on each of the M*R attention ranks of a group."""
+    per_micro_batch = args.micro_batch_size * sizes.data_parallel_size
+    named: list[tuple[str, int | None]] = [("--global-batch-size", args.global_batch_size)]
+    if args.rampup_batch_size is not None:
+        named += [
+            ("--rampup-batch-size, start,", int(args.rampup_batch_size[0])),
+            ("--rampup-batch-size, increment,", int(args.rampup_batch_size[1])),
+        ]
+    return [
+        f"{name} {size} is not a multiple of {per_micro_batch} = --micro-batch-size {args.micro_batch_size} x "
+        f"{sizes.data_parallel_size} attention ranks of a group, all replicas: make it one"
+        for name, size in named
+        if size is not None and (size < 1 or size % per_micro_batch)
+    ]
+
+
+def _schedule(args: argparse.Namespace, sizes: Topology) -> list[str]:
+    """What is wrong with the training schedule, which is built and verified here, before anything starts."""
+    choice = schedule_choice(args)
+    for flag, value in (
+        ("--af-micro-batch-group-size", choice.group_size),
+        ("--af-max-live-micro-batches", choice.max_live),
+    ):
+        if choice.is_file and value is not None:
+            return [f"--af-schedule {choice.name} is a finished schedule, {flag} {value} cannot change it: drop one"]
+    if choice.is_file and args.rampup_batch_size is not None:
+        several = f"--af-schedule {choice.name} is for one number of micro-batches, --rampup-batch-size has several: "
+        return [several + f"name a schedule ({', '.join(SCHEDULES)}), or drop the ramp-up"]
+    try:
+        step_schedule(choice, sizes.placement, _micro_batches(args, sizes), forward_only=False)
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,65 @@
+"""What the flags ask for: layers by stage, groups, ranks, and the schedule of a step."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_disagmoe.model_layers import LayerLayout, moe_pattern
+from megatron_disagmoe.schedule_choice import ScheduleChoice
+from megatron_disagmoe.schedules.actions import Placement
+from megatron_disagmoe.topology import Topology, count_replicas
+
+
+def layout(args: argparse.Namespace) -> LayerLayout:
+    """Which transformer layers belong to which stage."""
+    return LayerLayout.from_pattern(moe_pattern(args.moe_layer_freq, args.num_layers))
+
+
+def schedule_choice(args: argparse.Namespace) -> ScheduleChoice:
+    """Which schedule the flags ask for."""
+    return ScheduleChoice(args.af_schedule, args.af_micro_batch_group_size, args.af_max_live_micro_batches)
+
+
+def placement(args: argparse.Namespace) -> Placement:
+    """Which group holds which stage: what a schedule file says, else round-robin.
+
+    Raises:
+        ValueError: where the sizes do not fit together.
+    """
+    num_layers = len(layout(args).moe_layers)
+    choice = schedule_choice(args)
+    if not choice.is_file:
+        return Placement.round_robin(
+            num_layers=num_layers,
+            num_attention_groups=args.af_attention_groups,
+            num_ffn_groups=args.af_ffn_groups,
+        )
+    found = choice.placement()
+    if found.num_layers != num_layers:
+        raise ValueError(
+            f"--af-schedule {choice.name} is for {found.num_layers} MoE layers, but the model has {num_layers}: "
+            f"make one for it (disagmoe schedule build --layers {num_layers})"
+        )
+    return found
+
+
+def topology(args: argparse.Namespace, world_size: int) -> Topology:
+    """The topology that the flags ask for.
+
+    Raises:
+        ValueError: where the sizes do not fit together.
+    """
+    stages = placement(args)
+    replicas = count_replicas(
+        world_size,
+        num_attention_groups=stages.num_attention_groups,
+        num_ffn_groups=stages.num_ffn_groups,
+        attention_ranks=args.af_attention_ranks,
+        ffn_ranks=args.af_ffn_ranks,
+    )
+    return Topology(
+        placement=stages,
+        attention_ranks=args.af_attention_ranks,
+        ffn_ranks=args.af_ffn_ranks,
+        replicas=replicas,
+    )
