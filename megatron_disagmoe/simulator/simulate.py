@@ -7,8 +7,10 @@ as long as it takes; activations, gradients and repeated dispatches contend for 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Schedule
 from megatron_disagmoe.schedules.orders import KINDS, B, D, F, I, Ints, Orders, W, group_of_stage
@@ -157,34 +159,37 @@ def simulate(schedule: Schedule, costs: StageCosts) -> Timeline:
 
 def timeline(schedule: Schedule, run: Run) -> Timeline:
     """``run`` as spans."""
-    orders, groups = run.orders, run.orders.placement.groups
-    compute: dict[Group, tuple[Span, ...]] = {}
-    actions = [
-        Action(KINDS[kind], stage >> 1, micro_batch)
-        for kind, stage, micro_batch in zip(
-            orders.kind.tolist(), orders.stage.tolist(), orders.micro_batch.tolist(), strict=True
-        )
-    ]
-    spans = [Span(*span) for span in zip(actions, run.start.tolist(), run.end.tolist(), strict=True)]
-    for number, group in enumerate(groups):
-        mine = spans[orders.bounds[number] : orders.bounds[number + 1]]
-        compute[group] = tuple(span for span in mine if span.action.kind is not Kind.D)
-    sent: dict[Group, list[Span]] = {group: [] for group in groups}
-    for at in np.argsort(run.transfer_start, kind="stable").tolist():
-        maker, stage = int(run.transfers.maker[at]), int(run.transfers.first_stage[at])
-        if run.transfers.stride[at] == 2:
-            edge = Edge.LANE
-        elif orders.kind[maker] == D:
-            edge = Edge.AGAIN
-        else:
-            edge = Edge.N2M if stage % 2 else Edge.M2N
-        gradient = bool(orders.kind[maker] in (B, I))
-        action = Action(Kind.SEND, stage >> 1, int(orders.micro_batch[maker]), edge, gradient)
-        span = Span(action, float(run.transfer_start[at]), float(run.transfer_end[at]))
-        sent[groups[run.transfers.sender[at]]].append(span)
-    return Timeline(
-        schedule=schedule,
-        compute=compute,
-        transfers={group: tuple(spans) for group, spans in sent.items()},
-        makespan=run.makespan,
+    orders, transfers = run.orders, run.transfers
+    actions = _actions(np.take(_KINDS, orders.kind), orders.stage >> 1, orders.micro_batch)
+    takes_time = orders.kind != D
+    made_by = orders.kind[transfers.maker]
+    edges = np.where(transfers.first_stage % 2 == 1, _N2M, np.where(made_by == D, _AGAIN, _M2N))
+    sends = _actions(
+        np.full(len(transfers), Kind.SEND),
+        transfers.first_stage >> 1,
+        orders.micro_batch[transfers.maker],
+        np.take(_EDGES, np.where(transfers.stride == 2, _LANE, edges)),
+        (made_by == B) | (made_by == I),
     )
+    in_order = np.argsort(run.transfer_start, kind="stable")
+    compute: dict[Group, tuple[Span, ...]] = {}
+    sent: dict[Group, tuple[Span, ...]] = {}
+    for number, group in enumerate(orders.placement.groups):
+        mine = np.arange(orders.bounds[number], orders.bounds[number + 1])
+        compute[group] = _spans(mine[takes_time[mine]], actions, run.start, run.end)
+        mine = in_order[transfers.sender[in_order] == number]
+        sent[group] = _spans(mine, sends, run.transfer_start, run.transfer_end)
+    return Timeline(schedule=schedule, compute=compute, transfers=sent, makespan=run.makespan)
+
+
+_KINDS = np.array(KINDS, dtype=object)
+_EDGES = np.array(tuple(Edge), dtype=object)
+_M2N, _N2M, _LANE, _AGAIN = (tuple(Edge).index(edge) for edge in (Edge.M2N, Edge.N2M, Edge.LANE, Edge.AGAIN))
+
+
+def _actions(*columns: NDArray[Any]) -> list[Action]:
+    return list(map(Action, *(column.tolist() for column in columns)))
+
+
+def _spans(at: Ints, actions: list[Action], start: Floats, end: Floats) -> tuple[Span, ...]:
+    return tuple(map(Span, [actions[index] for index in at.tolist()], start[at].tolist(), end[at].tolist()))
