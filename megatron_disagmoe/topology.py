@@ -132,6 +132,31 @@ class Topology:
                 return Role(group, replica, index)
         raise ValueError(f"rank {rank} does not exist in a world of {self.world_size}")
 
+    def ffn_ranks_on_a_node(self, ranks_per_node: int) -> int:
+        """How many FFN ranks of a group share a node, where ranks ``r`` of equal ``r // ranks_per_node`` do.
+
+        Raises:
+            ValueError: where that differs from node to node, which per-node dispatch cannot use.
+        """
+        first: tuple[int, str] | None = None
+        for group in self.group_order:
+            if group.side is not Side.F:
+                continue
+            for replica in range(self.replicas):
+                ranks = self.ranks(group, replica)
+                for node in sorted({rank // ranks_per_node for rank in ranks}):
+                    here = [rank for rank in ranks if rank // ranks_per_node == node]
+                    found = len(here), f"{group} r{replica} has ranks {here[0]}-{here[-1]} on node {node}"
+                    first = first or found
+                    if found[0] != first[0]:
+                        raise ValueError(
+                            f"--af-dispatch per-node needs equally many FFN ranks of a group on each of its nodes, but "
+                            f"{first[1]} and {found[1]} (--af-ranks-per-node {ranks_per_node}, --af-ffn-ranks "
+                            f"{self.ffn_ranks}): choose sizes of which one divides the other, or --af-dispatch per-rank"
+                        )
+        assert first is not None, "there is always an FFN group"
+        return first[0]
+
     def column(self, role: Role) -> dict[Group, int]:
         """The attention ranks that see the same batches as this attention rank, by group."""
         assert role.group.side is Side.A, "only attention ranks stand in a column"

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from megatron_disagmoe.arguments.checks import check
 from megatron_disagmoe.arguments.flags import add_arguments, settle
-from megatron_disagmoe.arguments.sizes import layout, placement, schedule_choice, topology
+from megatron_disagmoe.arguments.sizes import ffn_node_size, layout, placement, schedule_choice, topology
 
-__all__ = ["add_arguments", "check", "layout", "placement", "schedule_choice", "settle", "topology"]
+__all__ = ["add_arguments", "check", "ffn_node_size", "layout", "placement", "schedule_choice", "settle", "topology"]

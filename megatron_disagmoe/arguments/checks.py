@@ -7,7 +7,7 @@ import importlib.util
 
 from megatron_disagmoe.arguments.flags import FLAGS, given, settle
 from megatron_disagmoe.arguments.refusals import refused
-from megatron_disagmoe.arguments.sizes import layout, schedule_choice, topology
+from megatron_disagmoe.arguments.sizes import ffn_node_size, layout, schedule_choice, topology
 from megatron_disagmoe.schedule_choice import NAMES as SCHEDULES
 from megatron_disagmoe.schedule_choice import step_schedule
 from megatron_disagmoe.topology import Topology
@@ -51,9 +51,8 @@ def _not_here(args: argparse.Namespace) -> list[str]:
     errors = []
     if args.af_transport == "nixl" and importlib.util.find_spec("nixl") is None:
         errors.append("--af-transport nixl needs the package nixl, which is not installed: pip install nixl==1.5.1")
-    for flag, value in (("--af-plan", args.af_plan), ("--af-wire-dtype", args.af_wire_dtype)):
-        if value is not None:
-            errors.append(f"{flag} {value}: this version cannot do that yet, drop it")
+    if args.af_plan is not None:
+        errors.append(f"--af-plan {args.af_plan}: this version cannot do that yet, drop it")
     return errors
 
 
@@ -72,6 +71,7 @@ def _sizes(args: argparse.Namespace, world_size: int) -> list[str]:
         if not num_layers:
             return [*errors, "--moe-layer-freq leaves no MoE layer: AF-pipe needs at least one"]
         sizes = topology(args, world_size)
+        ffn_node_size(args, sizes)
     except ValueError as error:
         return [*errors, str(error)]
     vanilla_ep = args.expert_model_parallel_size

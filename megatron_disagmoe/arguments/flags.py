@@ -13,7 +13,7 @@ from megatron_disagmoe.schedule_choice import NAMES as SCHEDULES
 
 TRANSPORTS = ("torch", "nixl")
 DISPATCH = ("per-expert", "per-rank", "per-node")
-WIRE_DTYPES = ("bf16", "fp8")
+WIRE_DTYPES = ("same", "bf16", "fp8")
 INITS = ("replay", "local")
 
 
@@ -67,7 +67,7 @@ FLAGS = (
     Flag("--af-transport", str, "torch", "what moves tensors between the sides", TRANSPORTS),
     Flag("--af-dispatch", str, "per-rank", "one copy of a token per ... of its experts", DISPATCH),
     Flag("--af-ranks-per-node", int, None, "for per-node and the planner's hand-over (default: LOCAL_WORLD_SIZE)"),
-    Flag("--af-wire-dtype", str, None, "of hidden states under way (default: as computed)", WIRE_DTYPES),
+    Flag("--af-wire-dtype", str, "same", "of hidden states under way; same: as computed", WIRE_DTYPES),
     Flag("--af-plan", str, None, "a plan file from disagmoe plan; sets the above where they are not given"),
     Flag("--af-init", str, "replay", "vanilla's initial weights, or local draws", INITS),
     Flag("--af-trace-dir", str, None, "write per-rank traces into this folder"),

@@ -63,3 +63,12 @@ def topology(args: argparse.Namespace, world_size: int) -> Topology:
         ffn_ranks=args.af_ffn_ranks,
         replicas=replicas,
     )
+
+
+def ffn_node_size(args: argparse.Namespace, topology: Topology) -> int:
+    """FFN ranks that exchange rows among themselves: those of a node with ``per-node`` dispatch, else 1.
+
+    Raises:
+        ValueError: where FFN groups lie unevenly on nodes.
+    """
+    return topology.ffn_ranks_on_a_node(args.af_ranks_per_node) if args.af_dispatch == "per-node" else 1

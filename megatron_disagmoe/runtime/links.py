@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from megatron_disagmoe.schedules.actions import Edge
+from megatron_disagmoe.schedules.actions import Edge, Side
 from megatron_disagmoe.schedules.dataflow import Port
 from megatron_disagmoe.topology import Channel, Role, Topology
 from megatron_disagmoe.transport.base import ChannelSpec, Message, MessageSpec, RecvHandle, TransferKey, Transport
+from megatron_disagmoe.transport.dispatch import NodeChannels
+from megatron_disagmoe.transport.precision import WireFormat
 
 
-def channel_specs(topology: Topology) -> list[ChannelSpec]:
-    """Every channel of the world, as a transport opens them."""
-    return [_spec(channel) for channel in topology.channels]
+def channel_specs(topology: Topology, *, ffn_node_size: int = 1) -> list[ChannelSpec]:
+    """Every channel of the world, as a transport opens them: edges, then those among the FFN ranks of each node.
+
+    Args:
+        topology: who talks to whom.
+        ffn_node_size: FFN ranks that exchange among themselves (``Dispatcher.node_size``).
+    """
+    channels = [_spec(channel) for channel in topology.channels]
+    for group in topology.group_order:
+        if group.side is Side.F and ffn_node_size > 1:
+            for replica in range(topology.replicas):
+                ranks = topology.ranks(group, replica)
+                for start in range(0, len(ranks), ffn_node_size):
+                    channels += _node(topology, ranks[start], ffn_node_size).all
+    return channels
+
+
+def node_channels(topology: Topology, rank: int, *, ffn_node_size: int) -> NodeChannels | None:
+    """The channels among the FFN ranks of ``rank``'s node and group; None where it exchanges with nobody."""
+    if ffn_node_size == 1 or topology.role(rank).group.side is Side.A:
+        return None
+    return _node(topology, rank, ffn_node_size)
+
+
+def _node(topology: Topology, rank: int, size: int) -> NodeChannels:
+    role = topology.role(rank)
+    start = role.index // size * size
+    ranks = topology.ranks(role.group, role.replica)[start : start + size]
+    return NodeChannels.among(ranks, name=f"{role.group}[{start}-{start + size - 1}] r{role.replica}")
 
 
 def _spec(channel: Channel) -> ChannelSpec:
@@ -21,13 +49,32 @@ def _spec(channel: Channel) -> ChannelSpec:
 
 @dataclass(frozen=True)
 class EdgeSpecs:
-    """What travels on each kind of edge, forward and as gradient; a lane's spec is None where p_A = 1."""
+    """What stages give and get on each kind of edge, forward and as gradient.
+
+    Attributes:
+        specs: by edge and whether it is the gradient; what p_A = 1 leaves out (lanes) may be missing.
+        wire: how it travels, lanes excepted: the residual is not rounded.
+    """
 
     specs: dict[tuple[Edge, bool], MessageSpec]
+    wire: WireFormat = field(default_factory=WireFormat)
 
     def of(self, port: Port) -> MessageSpec:
         """The spec of the messages on ``port``."""
         return self.specs[port.edge, port.gradient]
+
+    def wire_of(self, port: Port) -> WireFormat:
+        """How they travel."""
+        return WireFormat() if port.edge is Edge.LANE else self.wire
+
+
+@dataclass(frozen=True)
+class _Route:
+    channel: ChannelSpec
+    peers: tuple[int, ...]
+    spec: MessageSpec
+    wire: WireFormat
+    wire_spec: MessageSpec
 
 
 class Links:
@@ -38,28 +85,32 @@ class Links:
         self.role = role
         self.transport = transport
         self.specs = specs
-        self._routes: dict[Port, tuple[ChannelSpec, tuple[int, ...], MessageSpec]] = {}
+        self._routes: dict[Port, _Route] = {}
 
-    def _route(self, port: Port) -> tuple[ChannelSpec, tuple[int, ...], MessageSpec]:
+    def _route(self, port: Port) -> _Route:
         route = self._routes.get(port)
         if route is None:
             channel = self.topology.channel(port.edge, port.layer, gradient=port.gradient, replica=self.role.replica)
             peers = self.topology.peers(self.role, port.edge, port.layer, gradient=port.gradient)
-            route = self._routes[port] = (_spec(channel), peers, self.specs.of(port))
+            spec, wire = self.specs.of(port), self.specs.wire_of(port)
+            route = self._routes[port] = _Route(_spec(channel), peers, spec, wire, wire.spec(spec))
         return route
 
     def send(self, port: Port, micro_batch: int, messages: list[Message]) -> None:
         """Start one message to each peer, in order of the peers' index."""
-        channel, peers, spec = self._route(port)
+        route = self._route(port)
         key = TransferKey(port.edge.value, port.gradient, port.layer, micro_batch)
-        for peer, message in zip(peers, messages, strict=True):
-            self.transport.send(channel, key, peer, message, spec)
+        for peer, message in zip(route.peers, messages, strict=True):
+            encoded = route.wire.encode(message, route.spec)
+            self.transport.send(route.channel, key, peer, encoded, route.wire_spec)
 
     def receive(self, port: Port, micro_batch: int) -> Incoming:
         """Post the receive of one message from each peer."""
-        channel, peers, spec = self._route(port)
+        route = self._route(port)
         key = TransferKey(port.edge.value, port.gradient, port.layer, micro_batch)
-        return Incoming(peers, tuple(self.transport.post_recv(channel, key, peer, spec) for peer in peers))
+        post = self.transport.post_recv
+        handles = tuple(post(route.channel, key, peer, route.wire_spec) for peer in route.peers)
+        return Incoming(route.peers, handles, route)
 
 
 @dataclass(frozen=True)
@@ -68,16 +119,8 @@ class Incoming:
 
     peers: tuple[int, ...]
     handles: tuple[RecvHandle, ...]
+    _route: _Route
 
     def wait(self) -> list[Message]:
-        """Every message, copied out of the transport's buffers, which go back at once.
-
-        The buffers are sized for the worst routing, the messages are as large as they are: what a stage keeps until
-        its backward is the latter.
-        """
-        messages = []
-        for handle in self.handles:
-            received = handle.wait()
-            messages.append(Message(received.header.clone(), tuple(section.clone() for section in received.sections)))
-            handle.release()
-        return messages
+        """Every message, copied out of the transport's buffers, which go back at once (``RecvHandle.take``)."""
+        return [self._route.wire.take(handle, self._route.spec) for handle in self.handles]

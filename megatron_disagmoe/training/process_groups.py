@@ -10,7 +10,7 @@ import torch
 from megatron.training import get_args
 
 from megatron_disagmoe import arguments, parallel_state
-from megatron_disagmoe.runtime.links import channel_specs
+from megatron_disagmoe.training import transfers
 from megatron_disagmoe.transport import Transport, create_transport
 
 MODEL_BUILDER = "megatron_disagmoe.model.builder.AFGPTModelBuilder"
@@ -49,7 +49,7 @@ def replacing(original: Callable[..., None]) -> Callable[..., None]:
         )
         _TRANSPORT = create_transport(
             args.af_transport,
-            channel_specs(topology),
+            transfers.channels(args),
             device=torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu"),
             timeout_seconds=args.af_timeout_seconds,
         )
