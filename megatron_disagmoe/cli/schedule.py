@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from megatron_disagmoe import builders
+from megatron_disagmoe.cli import costs as cost_flags
 from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit
-from megatron_disagmoe.schedules.text import load
+from megatron_disagmoe.schedules.actions import Placement, Schedule
+from megatron_disagmoe.schedules.orders import Orders
+from megatron_disagmoe.schedules.text import load, save
 from megatron_disagmoe.schedules.verifier import Report, draw_grid
 from megatron_disagmoe.schedules.verifier import verify as verify_schedule
+from megatron_disagmoe.simulator.bounds import Bounds, Workload, lower_bounds
+from megatron_disagmoe.simulator.costs import StageCosts
+from megatron_disagmoe.simulator.simulate import simulate, simulate_orders
+from megatron_disagmoe.simulator.timeline import Timeline
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -21,6 +30,127 @@ ScheduleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A schedule f
 @app.callback()
 def _schedule() -> None:
     """Build, verify and draw pipeline schedules."""
+
+
+@app.command()
+def build(
+    attention_groups: Annotated[int, typer.Option(min=1, help="Attention groups.", show_default=False)],
+    layers: Annotated[int, typer.Option(min=1, help="MoE layers.", show_default=False)],
+    micro_batches: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.", show_default=False)],
+    ffn_groups: Annotated[int | None, typer.Option(min=1, show_default="as many")] = None,
+    t_attention: cost_flags.Attention = None,
+    t_ffn: cost_flags.Ffn = None,
+    t_transfer: cost_flags.Transfer = None,
+    t_combine: cost_flags.Combine = None,
+    t_lane: cost_flags.Lane = None,
+    t_tail: cost_flags.Tail = None,
+    t_embedding: cost_flags.Embedding = None,
+    backward_ratio: cost_flags.BackwardRatio = None,
+    weight_fraction: cost_flags.WeightFraction = None,
+    recompute_attention: cost_flags.RecomputeAttention = None,
+    recompute_ffn: cost_flags.RecomputeFfn = None,
+    kind: Annotated[str | None, typer.Option(help="Which builder.", show_default="interleaved-1f1b")] = None,
+    split_backward: Annotated[
+        bool, typer.Option("--split-backward", help="Short for --kind split-backward.", show_default=False)
+    ] = False,
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="Micro-batches that go round together.", show_default="the best")
+    ] = None,
+    max_live: Annotated[
+        int | None, typer.Option(min=1, help="Cap on the activations alive on a group.", show_default="no cap")
+    ] = None,
+    forward_only: Annotated[bool, typer.Option("--forward-only", help="For evaluation.", show_default=False)] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write the schedule.", show_default=False)] = None,
+    as_json: bool = JsonOption,
+) -> None:
+    """Build a schedule for given stage times, prove it safe, say how near the lower bounds it is."""
+    with bad_input_exits_2():
+        costs = cost_flags.costs_of(
+            {
+                "attention": t_attention,
+                "ffn": t_ffn,
+                "transfer": t_transfer,
+                "combine": t_combine,
+                "lane": t_lane,
+                "tail": t_tail,
+                "embedding": t_embedding,
+                "backward_ratio": backward_ratio,
+                "weight_fraction": weight_fraction,
+                "recompute_attention": recompute_attention,
+                "recompute_ffn": recompute_ffn,
+            }
+        )
+        if out is None:
+            raise ValueError("--out is missing: name the file to write the schedule to")
+        placement = _placement(layers, attention_groups, ffn_groups or attention_groups)
+        _check_cap(placement, max_live, forward_only=forward_only)
+        schedule = builders.build(
+            _kind(kind, split_backward=split_backward),
+            placement,
+            num_micro_batches=micro_batches,
+            costs=costs,
+            group_size=group_size,
+            max_live=max_live,
+            forward_only=forward_only,
+        )
+        report = verify_schedule(schedule, max_live=max_live)
+        result = {"out": str(out), "ok": report.ok, **_figures(report, costs), **schedule.parameters}
+        save(schedule, out)
+    emit(result, as_json=as_json, render=lambda console: _show_built(console, report, result))
+    if not report.ok:
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+@app.command()
+def draw(
+    file: ScheduleFile,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .png, .svg, .pdf or .html file.", show_default="in the terminal"),
+    ] = None,
+    t_attention: cost_flags.Attention = None,
+    t_ffn: cost_flags.Ffn = None,
+    t_transfer: cost_flags.Transfer = None,
+    t_tail: cost_flags.Tail = None,
+    backward_ratio: cost_flags.BackwardRatio = None,
+    as_json: bool = JsonOption,
+) -> None:
+    """Draw a schedule as it would run, with the costs in its file or those given here."""
+    with bad_input_exits_2():
+        from megatron_disagmoe.drawing import chart_of, draw_chart, print_chart
+
+        schedule = load(file)
+        given = {"attention": t_attention, "ffn": t_ffn, "transfer": t_transfer, "tail": t_tail}
+        recorded = cost_flags.recorded_costs(schedule)
+        costs = cost_flags.costs_of({**given, "backward_ratio": backward_ratio}, otherwise=recorded)
+        timeline = _simulated(schedule, costs, file)
+        bounds = lower_bounds(Workload.of(schedule, costs))
+        chart = chart_of(timeline, bounds={"fill_bound": bounds.fill, "busy_bound": bounds.busy})
+        if out is not None:
+            draw_chart(chart, out)
+    result = {
+        "out": None if out is None else str(out),
+        "makespan": timeline.makespan,
+        **_bounds(bounds),
+        "costs": dataclasses.asdict(costs),
+    }
+
+    def render(console: Console) -> None:
+        if out is None:
+            print_chart(chart, console)
+        else:
+            console.print(f"{chart.facts}\nwrote {out}", markup=False, highlight=False, soft_wrap=True)
+
+    emit(result, as_json=as_json, render=render)
+
+
+def _simulated(schedule: Schedule, costs: StageCosts, file: Path) -> Timeline:
+    try:
+        return simulate(schedule, costs)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} cannot run: its groups wait for each other ({error}); disagmoe schedule verify {file} shows where"
+        ) from error
 
 
 @app.command()
@@ -67,3 +197,59 @@ def _show_verdict(report: Report, console: Console) -> None:
     )
     verdict = "safe" if report.ok else f"not safe, {sum(report.counts.values())} faults"
     console.print(f"{verdict}; {summary}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _placement(layers: int, attention_groups: int, ffn_groups: int) -> Placement:
+    try:
+        return Placement.round_robin(
+            num_layers=layers, num_attention_groups=attention_groups, num_ffn_groups=ffn_groups
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("--af-", "--")) from error
+
+
+def _kind(kind: str | None, *, split_backward: bool) -> str:
+    if kind is not None and kind not in builders.KINDS:
+        raise ValueError(f"--kind {kind}: choose among {', '.join(builders.KINDS)}")
+    if split_backward and kind not in (None, "split-backward"):
+        raise ValueError(f"--kind {kind} has whole backwards; leave out --split-backward, or leave out --kind")
+    return "split-backward" if split_backward else kind or "interleaved-1f1b"
+
+
+def _check_cap(placement: Placement, max_live: int | None, *, forward_only: bool) -> None:
+    least = builders.least_live(placement, forward_only=forward_only)
+    if max_live is not None and max_live < least:
+        raise ValueError(
+            f"--max-live {max_live} is too low for any order: one micro-batch alone needs {least} live activations on "
+            f"a group; allow at least {least}, or spread the layers over more groups"
+        )
+
+
+def _figures(report: Report, costs: StageCosts) -> dict[str, object]:
+    """What the schedule takes and holds, beside the least it could take."""
+    orders = Orders.of(report.schedule)
+    makespan, bounds = simulate_orders(orders, costs).makespan, lower_bounds(Workload.of(orders, costs))
+    return {
+        "makespan": makespan,
+        **_bounds(bounds),
+        "makespan_over_fill_bound": makespan / bounds.fill,
+        "peak_live": {str(group): peak for group, peak in report.peak_live.items()},
+        "actions": report.num_actions,
+    }
+
+
+def _bounds(bounds: Bounds) -> dict[str, float]:
+    return {"busy_bound": bounds.busy, "fill_bound": bounds.fill, "phase_bound": bounds.phase}
+
+
+def _show_built(console: Console, report: Report, result: dict[str, Any]) -> None:
+    makespan = result["makespan"]
+    lines = [f"makespan     {makespan:.6g}"]
+    for name in ("busy", "fill", "phase"):
+        bound = result[f"{name}_bound"]
+        lines.append(f"{name + ' bound':<12} {bound:.6g}  (makespan is {makespan / bound:.4f} of it)")
+    live = ", ".join(f"{group} {peak}" for group, peak in result["peak_live"].items())
+    lines += [f"live at most {live}", f"wrote {result['out']}"]
+    if not report.ok:
+        lines.insert(0, report.explain())
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
