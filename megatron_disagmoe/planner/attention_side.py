@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_disagmoe.planner.activations import Recompute, logits_bytes, stage_bytes
+from megatron_disagmoe.planner.arrays import Floats
 from megatron_disagmoe.planner.cluster_spec import Network, Pool
 from megatron_disagmoe.planner.model_spec import ModelSpec
 from megatron_disagmoe.planner.operations import ATTENTION_BACKWARD, Does, Operation, stage_operations
 from megatron_disagmoe.planner.timing import Timer
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from megatron_disagmoe.planner.activations import Recompute, expert_bytes
+from megatron_disagmoe.planner.arrays import Floats
 from megatron_disagmoe.planner.cluster_spec import Network, Pool
 from megatron_disagmoe.planner.model_spec import ModelSpec
 from megatron_disagmoe.planner.operations import Does, expert_operations
 from megatron_disagmoe.planner.timing import Timer
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def ffn_side(
         # Rows are gathered before and their partial outputs reduced after; backward the other way round.
         moved = rows * model.hidden_size * width * (tensor_parallel - 1) / tensor_parallel
         one = moved / (pool.nvlink_gb_per_s * 1e9 * pool.nvlink_efficiency) + network.local_latency_us * 1e-6
-        repeated = one if recompute is Recompute.FULL else 0.0
+        repeated = one if recompute is Recompute.FULL else np.zeros(rows.shape)
         forward, backward, again = forward + 2 * one, backward + 2 * one + repeated, again + repeated
     whole = expert_bytes(model, recompute=Recompute.NONE, width=width, tensor_parallel=tensor_parallel)
     kept = expert_bytes(model, recompute=recompute, width=width, tensor_parallel=tensor_parallel)

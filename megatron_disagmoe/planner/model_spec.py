@@ -160,7 +160,7 @@ class ModelSpec(Strict):
 
     name: str = Field(min_length=1)
     sources: tuple[str, ...] = ()
-    num_layers: Annotated[Count, Field(le=100_000)]
+    num_layers: Annotated[Count, Field(le=1000)]
     hidden_size: Annotated[Count, Field(le=10_000_000)]
     vocab_size: Count
     tied_embeddings: bool = False

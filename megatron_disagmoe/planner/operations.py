@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from megatron_disagmoe.planner.arrays import Floats
 from megatron_disagmoe.planner.model_spec import LatentAttention, ModelSpec
 
 #: A fused backward computes the scores again: five products where forward has two (Dao, arXiv 2205.14135, 2307.08691).
@@ -98,18 +99,34 @@ def _projections(model: ModelSpec) -> tuple[Operation, ...]:
 
 
 def moe_dense_operations(model: ModelSpec) -> tuple[Operation, ...]:
-    """What stays on the A side of an MoE layer: norm, router, shared experts, the sum at the end."""
+    """What stays on the A side of an MoE layer: norm, router, shared experts."""
     h, moe = model.hidden_size, model.moe
     operations = [
         Operation("pre-MLP norm", Does.MEMORY, 2 * h, 1.5, Again.WITH_SELECTIVE),
         Operation("router", Does.GEMM, 2 * h * moe.num_experts),
         Operation("top-k", Does.MEMORY, 4 * moe.num_experts, 1.0),
-        Operation("combine", Does.MEMORY, (3 + bool(moe.shared_ffn_hidden_size)) * h, 1.0, Again.NEVER),
     ]
     if moe.shared_ffn_hidden_size:
         operations += mlp_operations(model, ffn_hidden_size=moe.shared_ffn_hidden_size, name="shared experts")
         operations += [Operation("shared gate", Does.GEMM, 2 * h)] if moe.shared_gate else []
     return tuple(operations)
+
+
+def combine_operations(model: ModelSpec) -> tuple[Operation, ...]:
+    """What A(i) does first: adds residual, experts' output and shared experts' output of layer i - 1.
+
+    Its result is what a recomputed stage begins with, so it is never run again.
+    """
+    numbers = (3 + bool(model.moe.shared_ffn_hidden_size)) * model.hidden_size
+    return (Operation("combine", Does.MEMORY, numbers, 1.0, Again.NEVER),)
+
+
+def packing_numbers(model: ModelSpec, *, copies: Floats) -> Floats:
+    """Numbers an A rank reads and writes per token and layer to send ``copies`` rows of it and to add up what returns.
+
+    Charged whole to A(i), i < L: packing belongs there, unpacking to A(i + 1), which is as good as even.
+    """
+    return 2 * (1 + copies) * model.hidden_size
 
 
 def dense_mlp_operations(model: ModelSpec) -> tuple[Operation, ...]:
@@ -123,12 +140,15 @@ def dense_mlp_operations(model: ModelSpec) -> tuple[Operation, ...]:
 
 
 def mlp_operations(model: ModelSpec, *, ffn_hidden_size: int, name: str) -> tuple[Operation, ...]:
-    """Two products and an activation; with a gate the first is twice as wide."""
+    """Two products and an activation; with a gate the first is twice as wide.
+
+    The second product is run again only where the whole stage is.
+    """
     inner = model.matrices_per_mlp - 1
     return (
         Operation(f"{name}: in", Does.GEMM, 2 * model.hidden_size * ffn_hidden_size * inner),
         Operation(f"{name}: activation", Does.MEMORY, (inner + 1) * ffn_hidden_size, 1.5, Again.WITH_SELECTIVE),
-        Operation(f"{name}: out", Does.GEMM, 2 * ffn_hidden_size * model.hidden_size, again=Again.NEVER),
+        Operation(f"{name}: out", Does.GEMM, 2 * ffn_hidden_size * model.hidden_size),
     )
 
 
@@ -156,8 +176,8 @@ def output_operations(model: ModelSpec) -> tuple[Operation, ...]:
 
 
 def stage_operations(model: ModelSpec, *, stage: int, sequence: int) -> tuple[Operation, ...]:
-    """Everything of A(stage), 0 <= stage <= L; embedding in A(0), output layer and loss in the tail."""
-    operations: list[Operation] = list(embedding_operations(model)) if stage == 0 else []
+    """Everything of A(stage), 0 <= stage <= L, but packing; embedding in A(0), output layer and loss in the tail."""
+    operations = list(combine_operations(model) if stage else embedding_operations(model))
     dense = set(model.dense_layers)
     for layer in model.stage_layers[stage]:
         operations += attention_operations(model, layer=layer, sequence=sequence)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from megatron_disagmoe.planner.arrays import Floats
 from megatron_disagmoe.planner.cluster_spec import Curve, Gpu
-
-Floats = NDArray[np.float64]
 
 
 def interpolate(curve: Curve, size: ArrayLike) -> Floats:

@@ -1,0 +1,280 @@
+"""One allocation in full: stage costs for the event engine, memory by what it is, bounds, utilisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from megatron_disagmoe.planner.allocation import DISPATCH_MODES, SCHEDULE_KINDS, Allocation, NodeLayout
+from megatron_disagmoe.planner.arrays import Floats
+from megatron_disagmoe.planner.layout import Geometry
+from megatron_disagmoe.planner.links import Links, geometry_of, links_of
+from megatron_disagmoe.planner.live import live_counts
+from megatron_disagmoe.planner.memory import Memory, SideMemory, memory_of, num_micro_batches
+from megatron_disagmoe.planner.objective import (
+    Stages,
+    fill_bound,
+    pipeline_seconds,
+    stages_of,
+)
+from megatron_disagmoe.planner.operations import model_flops
+from megatron_disagmoe.planner.problem import Problem
+from megatron_disagmoe.planner.space import FFN_LEVERS, LAYOUTS, Candidates
+from megatron_disagmoe.planner.synchronise import synchronise_seconds
+from megatron_disagmoe.schedules.actions import Placement
+from megatron_disagmoe.simulator.costs import StageCosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredCosts(StageCosts):
+    """Stage costs in seconds where the A stages differ: dense layers, sliding windows, the tail.
+
+    ``forward_times``, ``backward_times``, ``weight_times``: of every stage 0 .. 2L (A(i) is 2i, F(i) 2i + 1); backward
+    includes what is run again. The fields of ``StageCosts`` hold the means, for builders that look at nothing else.
+    """
+
+    forward_times: tuple[float, ...]
+    backward_times: tuple[float, ...]
+    weight_times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for time in (*self.forward_times, *self.backward_times, *self.weight_times):
+            assert math.isfinite(time), "tables hold finite times"
+            assert time >= 0, "tables hold times of 0 or more"
+
+    def forward(self, stage: int, *, num_layers: int) -> float:
+        del num_layers
+        return self.forward_times[stage]
+
+    def input_gradient(self, stage: int, *, num_layers: int) -> float:
+        del num_layers
+        return self.backward_times[stage] - self.weight_times[stage]
+
+    def weight_gradient(self, stage: int, *, num_layers: int) -> float:
+        del num_layers
+        return self.weight_times[stage]
+
+
+@dataclass(frozen=True)
+class GroupMemory:
+    """Bytes on the fullest GPU of a group."""
+
+    parameters_and_gradients: float
+    optimizer: float
+    activations: float
+    workspace: float
+    transport: float
+    reserved: float
+    kept_per_live: float
+    live: int
+
+    @property
+    def total(self) -> float:
+        """With what is reserved for context and communicators."""
+        parts = self.parameters_and_gradients + self.optimizer + self.activations + self.workspace + self.transport
+        return parts + self.reserved
+
+    def with_live(self, live: int) -> GroupMemory:
+        """The same with another live count."""
+        return replace(self, live=live, activations=live * self.kept_per_live)
+
+    def most_live(self, usable: float) -> int:
+        """The most micro-batch-layers that fit ``usable`` bytes, reserve not counted; below 0 where nothing does."""
+        return int((usable - (self.total - self.reserved - self.activations)) // self.kept_per_live)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an allocation costs. Seconds and bytes; ``links`` and ``stages`` have one entry."""
+
+    problem: Problem
+    allocation: Allocation
+    geometry: Geometry
+    links: Links
+    stages: Stages
+    candidate: Candidates
+    pipeline_seconds: float
+    fill_bound: float
+    synchronise_seconds: float
+    attention_first: GroupMemory
+    attention_tail: GroupMemory
+    ffn: GroupMemory
+
+    @property
+    def num_micro_batches(self) -> int:
+        """n."""
+        return self.allocation.num_micro_batches(self.problem.job)
+
+    @property
+    def step_seconds(self) -> float:
+        """The analytic step time."""
+        return self.pipeline_seconds + self.synchronise_seconds
+
+    @property
+    def attention(self) -> GroupMemory:
+        """The fuller of the two attention groups that may be fullest."""
+        return max(self.attention_first, self.attention_tail, key=lambda memory: memory.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything fits: nodes and memory, at the closed form's live counts."""
+        a_gpu, f_gpu = self.problem.attention_pool.gpu, self.problem.ffn_pool.gpu
+        memory = self.attention.total <= a_gpu.memory_gb * 1e9 and self.ffn.total <= f_gpu.memory_gb * 1e9
+        return bool(self.geometry.fits[0]) and memory
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the GPUs used could do in the step."""
+        return self.mfu_at(self.step_seconds)
+
+    def mfu_at(self, seconds: float) -> float:
+        """Model FLOPs utilisation of a step of ``seconds``."""
+        p, a = self.problem, self.allocation
+        flops = model_flops(p.model, sequence=p.job.sequence_length).total * p.job.tokens_per_step
+        peak = a.attention_gpus * p.attention_pool.gpu.peak_flops + a.ffn_gpus * p.ffn_pool.gpu.peak_flops
+        return flops / (seconds * peak)
+
+    @property
+    def placement(self) -> Placement:
+        """Stages round-robin over the groups."""
+        a = self.allocation
+        return Placement.round_robin(
+            num_layers=self.problem.num_layers,
+            num_attention_groups=a.attention_groups,
+            num_ffn_groups=a.ffn_groups,
+        )
+
+    @cached_property
+    def costs(self) -> LayeredCosts:
+        """For builders and the event engine, in seconds."""
+        a, layers = self.problem.attention, self.problem.num_layers
+        key = int(self.candidate.cut[0]), int(self.candidate.recompute[0])
+        packing = float(self.links.packing[0])
+        s = self.stages
+
+        def every(attention: Floats, ffn: Floats, extra: float) -> tuple[float, ...]:
+            times = np.full(2 * layers + 1, float(ffn[0]))
+            times[0::2] = attention[key]
+            times[0:-1:2] += extra
+            return tuple(times.tolist())
+
+        forward = every(a.forward, s.ffn, packing)
+        embedding = float(a.embedding[key])
+        return LayeredCosts(
+            attention=(sum(forward[0:-1:2]) - embedding) / layers,
+            ffn=float(s.ffn[0]),
+            transfer=float(self.links.m2n[0]),
+            combine=float(self.links.n2m[0]),
+            lane=float(self.links.lane[0]),
+            backward_ratio=float((s.attention_layer_back[0] + s.ffn_back[0]) / (s.attention_layer[0] + s.ffn[0])),
+            tail=forward[-1],
+            embedding=embedding,
+            forward_times=forward,
+            backward_times=every(a.backward, s.ffn_back, packing),
+            weight_times=every(a.weight, s.ffn_weight, 0.0),
+        )
+
+
+def candidate_of(problem: Problem, allocation: Allocation) -> Candidates:
+    """An allocation as the one entry of candidates.
+
+    Raises:
+        ValueError: it uses what the problem's tables do not hold.
+    """
+    a = allocation
+    cut = (a.tensor_parallel, a.context_parallel)
+    for name, value, known in (
+        ("tensor_parallel, context_parallel", cut, problem.attention.cuts),
+        ("attention_ranks", a.attention_ranks, problem.ffn.attention_ranks.tolist()),
+        ("ffn_ranks", a.ffn_ranks, problem.ffn.ffn_ranks.tolist()),
+        ("expert_tensor_parallel", a.expert_tensor_parallel, problem.ffn.cuts.tolist()),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value} is not possible here: choose from {list(known)}")
+    for name, groups in (("attention_groups", a.attention_groups), ("ffn_groups", a.ffn_groups)):
+        if not 1 <= groups <= problem.max_groups:
+            raise ValueError(f"{name} {groups} is not possible here: choose between 1 and {problem.max_groups}")
+    columns = (
+        a.attention_groups,
+        a.ffn_groups,
+        a.attention_ranks,
+        a.ffn_ranks,
+        a.replicas,
+        problem.attention.cuts.index(cut),
+        a.expert_tensor_parallel,
+        LAYOUTS.index(a.nodes),
+        DISPATCH_MODES.index(a.dispatch),
+        _nics_of(problem, allocation),
+        int(a.recompute_attention),
+        FFN_LEVERS.index((a.recompute_ffn, a.redispatch)),
+        SCHEDULE_KINDS.index(a.schedule),
+        a.group_size,
+    )
+    return Candidates(*(np.array([column], np.int64) for column in columns))
+
+
+def _nics_of(problem: Problem, allocation: Allocation) -> int:
+    """The NIC split that gives attention its number of NICs."""
+    if allocation.nodes is NodeLayout.SEPARATE or not problem.nics[0].attention:
+        return 0
+    used = [split.attention for split in problem.nics]
+    if allocation.attention_nics_per_node not in used:
+        raise ValueError(
+            f"attention_nics_per_node {allocation.attention_nics_per_node} is not possible: choose from {used}"
+        )
+    return used.index(int(allocation.attention_nics_per_node))
+
+
+def evaluate(problem: Problem, allocation: Allocation) -> Evaluation:
+    """Everything about ``allocation``, whether it fits or not.
+
+    Raises:
+        ValueError: sizes that the model, the batch or the cluster do not allow.
+    """
+    candidate = candidate_of(problem, allocation)
+    geometry = geometry_of(problem, candidate, allocation.nodes)
+    links = links_of(problem, candidate, geometry)
+    stages = stages_of(problem, candidate, links)
+    memory = memory_of(problem, candidate, links)
+    n = num_micro_batches(problem, candidate)
+    live = live_counts(problem, candidate)
+
+    def counted(kind: str) -> int:
+        if allocation.schedule == "sequential":
+            groups = allocation.ffn_groups if kind == "ffn" else allocation.attention_groups
+            return -(-problem.num_layers // groups)
+        return int(getattr(live, kind).count(candidate.group_size, n)[0])
+
+    return Evaluation(
+        problem=problem,
+        allocation=allocation,
+        geometry=geometry,
+        links=links,
+        stages=stages,
+        candidate=candidate,
+        pipeline_seconds=float(pipeline_seconds(problem, candidate, links, stages)[0]),
+        fill_bound=float(fill_bound(problem, candidate, links, stages)[0]),
+        synchronise_seconds=float(synchronise_seconds(problem, candidate, links)[0]),
+        attention_first=_group_memory(problem, memory, "first", counted("first")),
+        attention_tail=_group_memory(problem, memory, "tail", counted("tail")),
+        ffn=_group_memory(problem, memory, "ffn", counted("ffn")),
+    )
+
+
+def _group_memory(problem: Problem, memory: Memory, kind: str, live: int) -> GroupMemory:
+    side: SideMemory = getattr(memory, kind)
+    gpu = problem.ffn_pool.gpu if kind == "ffn" else problem.attention_pool.gpu
+    kept = float(side.kept[0])
+    return GroupMemory(
+        parameters_and_gradients=float(side.fixed.parameters[0]),
+        optimizer=float(side.fixed.optimizer[0]),
+        activations=live * kept,
+        workspace=float(side.fixed.workspace[0]),
+        transport=float(side.fixed.transport[0]),
+        reserved=gpu.reserved_memory_gb * 1e9,
+        kept_per_live=kept,
+        live=live,
+    )
