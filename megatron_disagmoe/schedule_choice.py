@@ -6,9 +6,10 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_disagmoe.schedules.actions import Placement, Schedule
+from megatron_disagmoe.schedules.actions import Group, Kind, Placement, Schedule
+from megatron_disagmoe.schedules.dataflow import redispatched
 from megatron_disagmoe.schedules.text import load
-from megatron_disagmoe.schedules.verifier import Report, UnsafeScheduleError, ensure_safe
+from megatron_disagmoe.schedules.verifier import UnsafeScheduleError, ensure_safe
 
 #: Builders that ``--af-schedule`` knows by name; ``builders.KINDS`` is the same list, and importing it takes longer.
 NAMES = ("interleaved-1f1b", "split-backward", "sequential")
@@ -46,11 +47,28 @@ class ScheduleChoice:
         return _load(self.name).placement
 
 
+@dataclass(frozen=True)
+class StepSchedule:
+    """The schedule of a step, safe to run.
+
+    Attributes:
+        schedule: with its transfers.
+        peak_live: the most activations each group holds.
+        again: the FFN stages and micro-batches that are dispatched twice.
+        is_split: whether some backward is in two parts.
+    """
+
+    schedule: Schedule
+    peak_live: dict[Group, int]
+    again: frozenset[tuple[int, int]]
+    is_split: bool
+
+
 @functools.lru_cache(maxsize=64)
 def step_schedule(
     choice: ScheduleChoice, placement: Placement, num_micro_batches: int, *, forward_only: bool
-) -> Report:
-    """The schedule of a step with its transfers, and what the verifier says of it; the same on every rank.
+) -> StepSchedule:
+    """The schedule of a step; the same on every rank.
 
     Evaluation of a run that follows a file is built for the file's placement.
 
@@ -63,9 +81,11 @@ def step_schedule(
     else:
         schedule = _built(choice, placement, num_micro_batches, forward_only=forward_only)
     try:
-        return ensure_safe(schedule, max_live=None if forward_only else choice.max_live)
+        report = ensure_safe(schedule, max_live=None if forward_only else choice.max_live)
     except UnsafeScheduleError as error:
         raise UnsafeScheduleError(f"--af-schedule {choice.name}: {error}") from None
+    is_split = any(action.kind is Kind.I for actions in report.schedule.actions.values() for action in actions)
+    return StepSchedule(report.schedule, report.peak_live, redispatched(report.schedule), is_split)
 
 
 def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int, *, forward_only: bool) -> Schedule:

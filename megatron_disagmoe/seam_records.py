@@ -116,6 +116,7 @@ _FIXES = (
 TRAINING = "megatron_disagmoe.training"
 MODEL = "megatron_disagmoe.model"
 _PARITY = "tests/training/test_parity.py"
+_SPLIT = "tests/runtime/test_training.py"
 _PASSES_IT = "pretrain() takes it as an argument"
 
 _AF_PIPE = (
@@ -186,6 +187,22 @@ _AF_PIPE = (
         _PARITY,
         "it becomes public",
         takes=("model", "output_tensor", "loss_func", "config", "cp_group_size", "is_last_stage"),
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.layers:linear_with_grad_accumulation_and_async_allreduce",
+        "a backward in two parts needs weight gradients that can wait",
+        TRAINING,
+        _SPLIT,
+        "local layers honour delay_wgrad_compute",
+        takes=("input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel"),
+    ),
+    Seam(
+        "megatron.core.transformer.moe.router:router_gating_linear",
+        "a backward in two parts needs weight gradients that can wait",
+        TRAINING,
+        _SPLIT,
+        "the router honours delay_wgrad_compute",
+        takes=("inp", "weight", "bias", "router_dtype"),
     ),
     Seam(
         "megatron.core.transformer.transformer_block:build_module",

@@ -1,23 +1,23 @@
 """Interprets a schedule on one rank. It knows no schedule by name and no model: it moves messages and calls a worker.
 
 RECV posts, SEND has begun by the time it stands in the list (a stage emits its dispatch as soon as it exists), and
-a compute action waits for exactly the transfers that ``schedules.dataflow`` says it needs.
+a compute action waits for exactly the transfers that ``schedules.dataflow`` says it needs. Nothing else blocks.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_disagmoe.runtime.activations import Activations, Received
 from megatron_disagmoe.runtime.links import Incoming, Links
-from megatron_disagmoe.schedules.actions import Action, Kind, Schedule
-from megatron_disagmoe.schedules.dataflow import COMPUTE, Port, inputs
+from megatron_disagmoe.schedules.actions import Action, Group, Kind, Schedule, Side
+from megatron_disagmoe.schedules.dataflow import COMPUTE, Port, inputs, redispatched
+from megatron_disagmoe.schedules.liveness import lifetimes, live_counts
 from megatron_disagmoe.tracing.recorder import Recorder, edge_name
 from megatron_disagmoe.transport.base import Message
-
-Received = dict[Port, list[Message]]
-"""Messages by the port they came through, one per peer."""
 
 Emit = Callable[[Port, list[Message]], None]
 """Hands over one message per peer; called during a compute action, as early as the messages exist."""
@@ -26,8 +26,55 @@ Emit = Callable[[Port, list[Message]], None]
 class Worker(Protocol):
     """What the compute actions of one rank do."""
 
+    activations: Activations
+    """What it keeps between actions; the executor compares its number with the verifier's after every action."""
+
     def run(self, action: Action, received: Received, emit: Emit) -> None:
-        """Run one compute action and emit everything that ``schedules.dataflow.outputs`` lists for it."""
+        """Run one compute action and emit everything that ``schedules.dataflow.outputs`` lists for it.
+
+        ``received`` is the worker's to keep or to let go of.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One action: a compute action with what it waits for, or a transfer on ``port``.
+
+    ``live``: activations alive once it has run.
+    """
+
+    action: Action
+    needs: tuple[tuple[Port, bool], ...]
+    port: Port | None
+    live: int
+
+
+def _steps(schedule: Schedule, group: Group) -> list[_Step]:
+    placement = schedule.placement
+    again = redispatched(schedule) if group.side is Side.F else frozenset()
+    actions = schedule.actions[group]
+    lives = lifetimes(schedule)[group]
+    during = live_counts(lives, len(actions))
+    ending = [0] * len(actions)
+    for life in lives:
+        ending[life.last] += 1
+    steps = []
+    for position, action in enumerate(actions):
+        live = during[position] - ending[position]
+        if action.kind in COMPUTE:
+            ports = inputs(
+                group.side,
+                action.kind,
+                action.layer,
+                num_layers=placement.num_layers,
+                again=(action.layer, action.micro_batch) in again,
+            )
+            needs = tuple((port, placement.is_local(port.edge, port.layer)) for port in ports)
+            steps.append(_Step(action, needs, None, live))
+        else:
+            assert action.edge is not None, "a transfer names its edge"
+            steps.append(_Step(action, (), Port(action.edge, action.gradient, action.layer), live))
+    return steps
 
 
 class Executor:
@@ -36,6 +83,7 @@ class Executor:
     def __init__(self, links: Links, recorder: Recorder) -> None:
         self.links = links
         self.recorder = recorder
+        self._known: dict[int, tuple[Schedule, list[_Step]]] = {}
 
     def run(self, schedule: Schedule, worker: Worker) -> None:
         """Run one step and wait until everything sent has been taken.
@@ -46,46 +94,49 @@ class Executor:
 
         Raises:
             TransportError: where a peer died or stalled, naming edge, layer, micro-batch and peer.
+            AssertionError: where the worker keeps more than the verifier counted.
         """
-        group = self.links.role.group
-        step = _Step(self.links, self.recorder, schedule)
-        for action in schedule.actions[group]:
-            if action.kind in COMPUTE:
-                step.compute(action, worker)
+        if id(schedule) not in self._known:
+            self._known[id(schedule)] = schedule, _steps(schedule, self.links.role.group)
+        _, steps = self._known[id(schedule)]
+        run = _Run(self.links, self.recorder, schedule)
+        for step in steps:
+            if step.port is None:
+                run.compute(step, worker)
+                live = len(worker.activations)
+                assert live == step.live, f"after {step.action} {live} activations live, verified were {step.live}"
+            elif step.action.kind is Kind.RECV:
+                run.post(step.port, step.action.micro_batch)
             else:
-                step.transfer(action)
-        step.finish()
+                run.sent(step.port, step.action.micro_batch)
+        run.finish()
         self.links.transport.flush()
 
 
-class _Step:
+class _Run:
     """What is under way during one step."""
 
     def __init__(self, links: Links, recorder: Recorder, schedule: Schedule) -> None:
         self.links = links
         self.recorder = recorder
         self.placement = schedule.placement
-        self.side = links.role.group.side
         self.incoming: dict[tuple[Port, int], Incoming] = {}
         self.handed_over: dict[tuple[Port, int], list[Message]] = {}
         self.emitted: set[tuple[Port, int]] = set()
 
-    def transfer(self, action: Action) -> None:
-        assert action.edge is not None, "a transfer names its edge"
-        port = Port(action.edge, action.gradient, action.layer)
-        item = (port, action.micro_batch)
-        if action.kind is Kind.RECV:
-            self.incoming[item] = self.links.receive(port, action.micro_batch)
-        else:
-            assert item in self.emitted, f"{action} stands before the compute action that makes it"
-            self.emitted.remove(item)
+    def post(self, port: Port, micro_batch: int) -> None:
+        """Get ready to receive."""
+        self.incoming[port, micro_batch] = self.links.receive(port, micro_batch)
 
-    def compute(self, action: Action, worker: Worker) -> None:
-        micro_batch = action.micro_batch
-        received = {
-            port: self._take(port, micro_batch)
-            for port in inputs(self.side, action.kind, action.layer, num_layers=self.placement.num_layers)
-        }
+    def sent(self, port: Port, micro_batch: int) -> None:
+        """A SEND: the compute action before it has begun the transfer."""
+        assert (port, micro_batch) in self.emitted, f"{port} of micro-batch {micro_batch} is sent before it is made"
+        self.emitted.remove((port, micro_batch))
+
+    def compute(self, step: _Step, worker: Worker) -> None:
+        """Wait for the inputs of a compute action and run it."""
+        micro_batch = step.action.micro_batch
+        received = {port: self._take(port, micro_batch, is_local=is_local) for port, is_local in step.needs}
 
         def emit(port: Port, messages: list[Message]) -> None:
             if self.placement.is_local(port.edge, port.layer):
@@ -95,14 +146,14 @@ class _Step:
                 self.emitted.add((port, micro_batch))
 
         if not self.recorder.enabled:
-            worker.run(action, received, emit)
+            worker.run(step.action, received, emit)
             return
         start = time.perf_counter_ns()
-        worker.run(action, received, emit)
-        self.recorder.compute(action, start, time.perf_counter_ns())
+        worker.run(step.action, received, emit)
+        self.recorder.compute(step.action, start, time.perf_counter_ns())
 
-    def _take(self, port: Port, micro_batch: int) -> list[Message]:
-        if self.placement.is_local(port.edge, port.layer):
+    def _take(self, port: Port, micro_batch: int, *, is_local: bool) -> list[Message]:
+        if is_local:
             return self.handed_over.pop((port, micro_batch))
         incoming = self.incoming.pop((port, micro_batch))
         if not self.recorder.enabled:

@@ -11,22 +11,22 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
-from megatron.core.utils import unwrap_model
 
 from megatron_disagmoe import arguments, megatron_seams, parallel_state
 from megatron_disagmoe.model.stages import AttentionStages, ExpertStages
+from megatron_disagmoe.runtime import weight_gradients
 from megatron_disagmoe.runtime.executor import Executor, Worker
-from megatron_disagmoe.runtime.lane import lane_grad_spec, lane_spec
-from megatron_disagmoe.runtime.links import EdgeSpecs, Links
+from megatron_disagmoe.runtime.links import Links
 from megatron_disagmoe.runtime.workers import AttentionWorker, ExpertWorker
-from megatron_disagmoe.schedules.actions import Edge
+from megatron_disagmoe.schedule_choice import StepSchedule
+from megatron_disagmoe.training import transfers
 from megatron_disagmoe.training.batches import BatchFeed
 from megatron_disagmoe.training.process_groups import transport
 from megatron_disagmoe.training.schedule import schedule_for
+from megatron_disagmoe.training.tied_embedding import TiedEmbedding
 from megatron_disagmoe.training.traces import recorder
-from megatron_disagmoe.transport.dispatch import Dispatcher, create_dispatcher
 
 
 def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., list[Any]]:
@@ -55,16 +55,19 @@ def forward_backward(
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
     pipe = _pipe(unwrap_model(model))
     step = _Step(model, num_microbatches, forward_only=forward_only)
-    schedule = schedule_for(num_microbatches, forward_only=forward_only).schedule
+    plan = schedule_for(num_microbatches, forward_only=forward_only)
     timers = step.config.timers
     if timers is not None:
         timers("forward-backward", log_level=1).start(barrier=step.config.barrier_with_L1_time)
     start = time.perf_counter_ns()
     step.set_aux_loss_scale()
-    with torch.no_grad() if forward_only else contextlib.nullcontext():
-        pipe.executor.run(schedule, pipe.worker(step, forward_step_func, iterator))
+    pipe.traffic.begin()
+    with torch.no_grad() if forward_only else contextlib.nullcontext(), weight_gradients.split(plan.is_split):
+        pipe.executor.run(plan.schedule, pipe.worker(step, plan, forward_step_func, iterator))
     if not forward_only:
+        pipe.tied.add_up()
         step.finalize_gradients(force_all_reduce=force_all_reduce)
+        pipe.traffic.end(get_args().curr_iteration + 1)
     pipe.executor.recorder.step(get_args().curr_iteration, start, time.perf_counter_ns())
     if timers is not None:
         timers("forward-backward").stop()
@@ -139,21 +142,27 @@ class _Pipe:
         state = parallel_state.state()
         self.state = state
         self.layout = arguments.layout(args)
-        self.dispatcher = _dispatcher(args, model)
+        self.dispatcher = transfers.dispatcher(args, model.config)
         shared = model.config.moe_shared_expert_intermediate_size is not None
-        self.executor = Executor(
-            Links(state.topology, state.role, transport(), _edge_specs(self.dispatcher, shared=shared)), recorder()
-        )
+        specs = transfers.edge_specs(args, self.dispatcher, shared=shared)
+        self.executor = Executor(Links(state.topology, state.role, transport(), specs), recorder())
+        self.exchange = transfers.node_exchange(transport(), self.dispatcher)
+        self.traffic = transfers.TrafficLog(transport())
         self.num_stages = state.topology.placement.num_layers
+        self.tied = TiedEmbedding(model)
         if state.is_attention:
             self.attention = AttentionStages(model, self.layout, self.dispatcher)
         else:
             self.experts = ExpertStages(model, self.layout, self.dispatcher)
 
-    def worker(self, step: _Step, forward_step: Callable[..., Any], data_iterator: Any) -> Worker:
+    def worker(
+        self, step: _Step, plan: StepSchedule, forward_step: Callable[..., Any], data_iterator: Any
+    ) -> Worker:
         """The worker of one step."""
         if not self.state.is_attention:
-            return ExpertWorker(self.experts, forward_only=step.forward_only)
+            return ExpertWorker(
+                self.experts, forward_only=step.forward_only, again=plan.again, exchange=self.exchange
+            )
         group = self.state.role.group.index
         uses = sum(holder == group for holder in self.state.topology.placement.attention)
         return AttentionWorker(
@@ -162,6 +171,8 @@ class _Pipe:
             batch=BatchFeed(forward_step, data_iterator, step.model, uses=uses),
             loss=step.loss,
             forward_only=step.forward_only,
+            again=plan.again,
+            embedding_backward=self.tied.embedding_backward,
         )
 
 
@@ -175,33 +186,3 @@ def _pipe(model: GPTModel) -> _Pipe:
             raise ValueError(f"--af-pipe trains a GPTModel; this script builds a {type(model).__name__}")
         _PIPE = (model, _Pipe(model))
     return _PIPE[1]
-
-
-def _dispatcher(args: Any, model: GPTModel) -> Dispatcher:
-    micro_batch = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
-    router_dtype = {None: args.params_dtype, "fp32": torch.float32, "fp64": torch.float64}
-    return create_dispatcher(
-        args.af_dispatch,
-        num_tokens=micro_batch * args.seq_length,
-        hidden_size=model.config.hidden_size,
-        num_experts=model.config.num_moe_experts,
-        topk=model.config.moe_router_topk,
-        num_attention_ranks=args.af_attention_ranks,
-        num_ffn_ranks=args.af_ffn_ranks,
-        dtype=args.params_dtype,
-        probs_dtype=router_dtype[model.config.moe_router_dtype],
-    )
-
-
-def _edge_specs(dispatcher: Dispatcher, *, shared: bool) -> EdgeSpecs:
-    sizes = dispatcher.sizes
-    return EdgeSpecs(
-        {
-            (Edge.M2N, False): dispatcher.m2n_spec(),
-            (Edge.M2N, True): dispatcher.m2n_grad_spec(),
-            (Edge.N2M, False): dispatcher.n2m_spec(),
-            (Edge.N2M, True): dispatcher.n2m_grad_spec(),
-            (Edge.LANE, False): lane_spec(sizes, shared=shared),
-            (Edge.LANE, True): lane_grad_spec(sizes, shared=shared),
-        }
-    )

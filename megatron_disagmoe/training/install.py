@@ -44,11 +44,19 @@ def _validating_af(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _install_af_pipe() -> None:
-    from megatron_disagmoe.training import checkpoint, forward_backward, optimizer, process_groups, reports
+    from megatron_disagmoe.training import (
+        checkpoint,
+        forward_backward,
+        optimizer,
+        process_groups,
+        reports,
+        split_linear,
+    )
 
     megatron_seams.wrap("megatron.core.parallel_state:initialize_model_parallel", process_groups.replacing)
     megatron_seams.patch("megatron.training.models.gpt:GPTModelConfig.builder", process_groups.MODEL_BUILDER)
     megatron_seams.patch(f"{_TRAINING}:get_forward_backward_func", forward_backward.get_forward_backward_func)
     megatron_seams.wrap(f"{_TRAINING}:get_megatron_optimizer", optimizer.unified)
     megatron_seams.wrap(f"{_TRAINING}:setup_model_and_optimizer", reports.announcing)
+    split_linear.install()
     checkpoint.install()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from megatron.training import get_args
 
 from megatron_disagmoe import arguments, parallel_state
-from megatron_disagmoe.schedule_choice import step_schedule
-from megatron_disagmoe.schedules.verifier import Report
+from megatron_disagmoe.schedule_choice import StepSchedule, step_schedule
 
 
-def schedule_for(num_micro_batches: int, *, forward_only: bool) -> Report:
-    """This run's schedule for ``num_micro_batches``, with its transfers, and what the verifier found.
+def schedule_for(num_micro_batches: int, *, forward_only: bool) -> StepSchedule:
+    """This run's schedule for ``num_micro_batches``.
 
     Every rank builds the same one from the same flags.
     """
