@@ -9,7 +9,7 @@ here for many candidates at once.
 
 Too small groups: while a pipeline fills (and again while it drains) a worker runs G micro-batches on one stage, then
 needs the first of them back from its trip round the ring of q groups a side. It waits (trip - G x slot) each of
-L / q - 1 times, where slot is what the slowest resource needs for one. G = trip / slot costs nothing: 4 q where all
+L / q - 1 times, where slot is what the slower side computes for one. G = trip / slot costs nothing: 4 q where all
 times are equal. Still smaller groups leave too few micro-batches alive to keep everybody busy (``residence_bound``).
 """
 
@@ -198,7 +198,7 @@ def sequential_fits(problem: Problem, candidates: Candidates, memory: Memory) ->
 
 @dataclass(frozen=True)
 class Trip:
-    """Seconds of one micro-batch's way round the ring, and of the slowest resource for one; forward and backward."""
+    """Seconds of one micro-batch's way round the ring, and of the slower side's compute for one; both directions."""
 
     forward: Floats
     forward_slot: Floats
@@ -212,18 +212,12 @@ def trip_of(candidates: Candidates, links: Links, stages: Stages) -> Trip:
     ring = np.lcm(c.attention_groups, c.ffn_groups).astype(np.float64)
     per_a, per_f = ring / c.attention_groups, ring / c.ffn_groups
     transfers = links.m2n + links.n2m
-    at_a = per_a * np.maximum(np.maximum(links.m2n, links.n2m) + links.lane, 0.0)
-    port = np.maximum(at_a, per_f * np.maximum(links.m2n, links.n2m))
-
-    def slot(attention: Floats, ffn: Floats) -> Floats:
-        return np.maximum(np.maximum(per_a * attention, per_f * ffn), port)
-
     back = np.where(c.kind == SPLIT, stages.ffn_back - stages.ffn_weight, stages.ffn_back)
     return Trip(
         forward=ring * (stages.attention_layer + stages.ffn + transfers),
-        forward_slot=slot(stages.attention_layer, stages.ffn),
+        forward_slot=np.maximum(per_a * stages.attention_layer, per_f * stages.ffn),
         backward=ring * (stages.attention_layer_back + back + transfers),
-        backward_slot=slot(stages.attention_layer_back, back),
+        backward_slot=np.maximum(per_a * stages.attention_layer_back, per_f * back),
     )
 
 
@@ -233,10 +227,16 @@ def enough_group_size(trip: Trip) -> Ints:
     return np.ceil(ratio - 1e-9).astype(np.int64)
 
 
-def even_group_size(group_size: Ints, n: Ints) -> Ints:
-    """The largest of the fewest groups of at most ``group_size``, made even."""
-    group_size = np.minimum(group_size, n)
-    return -(-n // -(-n // np.maximum(group_size, 1)))
+def best_group_size(enough: Ints, largest: Ints, n: Ints) -> Ints:
+    """The least even G that costs nothing, else the largest that memory allows (``largest``, at least 1).
+
+    Groups are made even: n micro-batches in j groups have G = ceil(n / j).
+    """
+    enough = np.clip(enough, 1, n)
+    most_groups = np.where(enough > 1, -(-n // np.maximum(enough - 1, 1)) - 1, n)
+    free = -(-n // np.maximum(most_groups, 1))
+    allowed = -(-n // -(-n // np.minimum(largest, n)))
+    return np.where(free <= largest, free, allowed)
 
 
 def waiting_seconds(problem: Problem, candidates: Candidates, trip: Trip) -> Floats:

@@ -22,8 +22,8 @@ from megatron_disagmoe.planner.memory import largest_group_size, memory_of, num_
 from megatron_disagmoe.planner.objective import (
     SEQUENTIAL,
     Stages,
+    best_group_size,
     enough_group_size,
-    even_group_size,
     pipeline_seconds,
     sequential_fits,
     sequential_seconds,
@@ -267,7 +267,7 @@ def _score_levers(problem: Problem, c: Candidates, links: Links, best: _Best) ->
         else:
             enough = enough_group_size(trip_of(c, links, stages))
             fits = largest >= 1
-            chosen = c.with_(group_size=even_group_size(np.clip(enough, 1, np.maximum(largest, 1)), n))
+            chosen = c.with_(group_size=best_group_size(enough, np.maximum(largest, 1), n))
         if fits.any():
             chosen, chosen_links, stages = chosen.take(fits), links.take(fits), stages.take(fits)
             seconds = pipeline_seconds(problem, chosen, chosen_links, stages)
