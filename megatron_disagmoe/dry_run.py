@@ -45,16 +45,21 @@ def check_flags(flags: Sequence[str], world_size: int) -> Verdict:
     """
     try:
         added = make_ready(flags)
-        from megatron_disagmoe.training import command_line
+    except ValueError as error:
+        return Verdict((str(error),))
+    from megatron_disagmoe.training import command_line
 
+    try:
         with _as_rank_0([*flags, *added], world_size):
             args = _parse()
             validate = megatron_seams.resolve("megatron.training.arguments:validate_args")
             # As pretrain_gpt.py has it.
             args = command_line.validate(validate, args, {"tokenizer_type": "GPT2BPETokenizer"})
             return Verdict((), _ranks(args, world_size) if args.af_pipe else ())
-    except ValueError as error:
-        return Verdict(tuple(getattr(error, "messages", None) or [str(error)]))
+    except command_line.BadFlags as error:
+        return Verdict(tuple(error.messages))
+    except (AssertionError, ValueError) as error:
+        return Verdict((command_line.complaint(error),))
 
 
 def _parse() -> argparse.Namespace:

@@ -41,7 +41,8 @@ def validate(
     """``validate_args`` that knows of AF-pipe.
 
     Raises:
-        BadFlags: with everything that we find wrong, or with what Megatron does.
+        BadFlags: with everything that we find wrong; with ``--af-pipe`` also with what Megatron does. Without, its own
+            errors are left as they are.
     """
     errors = arguments.check(args, args.world_size)
     if errors:
@@ -56,7 +57,7 @@ def validate(
         args = original(args, defaults or {})
         _check_model(args)
     except (AssertionError, ValueError) as error:
-        raise BadFlags([_complaint(error)]) from error
+        raise BadFlags([complaint(error)]) from error
     args.world_size = world_size
     return args
 
@@ -68,7 +69,7 @@ def _check_model(args: argparse.Namespace) -> None:
     core_transformer_config_from_args(args)
 
 
-def _complaint(error: Exception) -> str:
+def complaint(error: Exception) -> str:
     """What Megatron objects to: its text, or where it has none, the condition that does not hold."""
     if text := str(error).strip():
         return f"Megatron refuses these flags: {text}"
