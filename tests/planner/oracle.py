@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +18,11 @@ from megatron_disagmoe.planner.attention_side import AttentionSide, AttentionSiz
 from megatron_disagmoe.planner.ffn_side import ffn_side
 from megatron_disagmoe.planner.problem import Problem
 from megatron_disagmoe.planner.routing import expected_parts
+
+#: Seconds of M2N, N2M, lane and packing; bytes of a message on A and F GPUs and of a lane.
+Transfers = tuple[float, float, float, float, float, float, float]
+#: Live micro-batch-layers by number of groups, group and side (0 attention, 1 FFN).
+LiveCount = Callable[[int, int, int], int]
 
 
 @dataclass(frozen=True)
@@ -186,8 +191,8 @@ class Oracle:
 
     def transfers(
         self, a: Allocation, nodes: Nodes, rates: tuple[float, float], mode: str
-    ) -> tuple[float, float, float, float, float, float, float]:
-        """Seconds of M2N, N2M, lane and packing; bytes of messages on A and F GPUs and of a lane."""
+    ) -> Transfers:
+        """Everything about what travels."""
         model, job, moe = self.p.model, self.p.job, self.p.model.moe
         on_ranks = expected_parts(moe, a.ffn_ranks)
         rows = {"per-expert": float(moe.top_k), "per-rank": on_ranks}.get(mode)
@@ -292,7 +297,7 @@ class Oracle:
     def pipelines(
         self,
         a: Allocation,
-        transfers: tuple[float, float, float, float, float, float, float],
+        transfers: Transfers,
         recompute: Recompute,
         lever: tuple[Recompute, bool],
         kind: str,
@@ -311,10 +316,14 @@ class Oracle:
             g = math.ceil(n / math.ceil(n / size))
             if g != size:
                 continue  # groups are made even: the same as a smaller size
-            if self.fits(a, side, ffn, transfers, lever[1], lambda p, group, side, g=g: self.live(a, p, group, g, n, side)):
+            if self.fits(a, side, ffn, transfers, lever[1], self.live_count(a, g, n)):
                 if fill is None:
                     fill = run.fill_bound(n)
                 yield max(fill + run.waiting(g), run.residence(g, n)), g
+
+    def live_count(self, a: Allocation, g: int, n: int) -> LiveCount:
+        """``live`` of one allocation and G."""
+        return lambda p, group, side: self.live(a, p, group, g, n, side)
 
     def live(self, a: Allocation, p: int, group: int, g: int, n: int, side: int) -> int:
         """Micro-batch-layers alive on a group of ``p``, virtual group after virtual group."""
@@ -327,7 +336,15 @@ class Oracle:
             most += v * n
         return min(total, most)
 
-    def fits(self, a: Allocation, side: AttentionSide, ffn: tuple[float, ...], transfers, again: bool, live) -> bool:  # type: ignore[no-untyped-def]
+    def fits(
+        self,
+        a: Allocation,
+        side: AttentionSide,
+        ffn: tuple[float, ...],
+        transfers: Transfers,
+        again: bool,
+        live: LiveCount,
+    ) -> bool:
         """Whether attention group 0, the tail's group and FFN group 0 fit their memory."""
         state, usable = self.p.state, self.gpu.usable_bytes
         sharded = self.p.space.distributed_optimizer
@@ -354,7 +371,17 @@ class Oracle:
 class _Run:
     """Times of stages and transfers of one allocation, and bounds on its pipeline."""
 
-    def __init__(self, oracle: Oracle, a: Allocation, side: AttentionSide, ffn: tuple[float, ...], transfers, *, again: bool, split: bool) -> None:  # type: ignore[no-untyped-def]
+    def __init__(
+        self,
+        oracle: Oracle,
+        a: Allocation,
+        side: AttentionSide,
+        ffn: tuple[float, ...],
+        transfers: Transfers,
+        *,
+        again: bool,
+        split: bool,
+    ) -> None:
         self.a, self.oracle, self.layers, self.again, self.split = a, oracle, oracle.layers, again, split
         self.m2n, self.n2m, self.lane, packing = transfers[:4]
         last = 2 * self.layers

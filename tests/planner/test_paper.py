@@ -1,0 +1,88 @@
+"""The paper's closed forms: solved two ways, and our cost model where it reduces to them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from megatron_disagmoe.planner.cluster_import import load_cluster
+from megatron_disagmoe.planner.cluster_spec import Cluster
+from megatron_disagmoe.planner.evaluate import evaluate
+from megatron_disagmoe.planner.model_import import load_model
+from megatron_disagmoe.planner.paper_roofline import (
+    Coefficients,
+    Machine,
+    attention_intensity,
+    coefficients,
+    ffn_intensity,
+    seconds_of,
+    solve_by_enumeration,
+    solve_milp,
+    utilisation,
+)
+from tests.planner.problems import allocation, problem
+
+
+def test_the_integer_program_equals_enumeration() -> None:
+    rng = random.Random(7)
+    for _ in range(200):
+        c = Coefficients(rng.uniform(0, 1e5), rng.uniform(1e6, 1e9), rng.uniform(1e6, 1e9), rng.uniform(1e2, 1e6))
+        machine = Machine(rng.randint(2, 64), rng.randint(2, 32), 1e15, rng.choice([6e9, 5e10, 1e11]))
+        sequence = rng.choice([1024, 4096, 32768])
+        milp, tried = (solve(c, machine, sequence=sequence) for solve in (solve_milp, solve_by_enumeration))
+        assert milp.seconds == pytest.approx(tried.seconds, rel=1e-6)
+        assert milp.attention_gpus + milp.ffn_gpus <= machine.gpus
+        assert milp.attention_nics + milp.ffn_nics <= machine.nics
+        gpus, nics = (milp.attention_gpus, milp.ffn_gpus), (milp.attention_nics, milp.ffn_nics)
+        assert milp.seconds == seconds_of(c, machine, sequence=sequence, gpus=gpus, nics=nics)
+        assert 0 < utilisation(c, machine, milp, sequence=sequence) <= 1
+
+
+def test_coefficients_of_qwen3() -> None:
+    c = coefficients(load_model("qwen3-235b-a22b"))
+    assert c.a1 == 64 * 256  # 64 heads, 128 + 128 numbers, 2 FLOPs, half of all pairs
+    others = 2 * 4096 * 9216 + 2 * 8192 * 4096 + 2 * 4096 * 128  # qkv, output projection, router
+    assert c.attention_flops(4096) == 4096 * (2 * 2048.5 * 64 * 256 + others)
+    assert c.b == 8 * 3 * 2 * 4096 * 1536
+    assert c.c == 8 * 4096 * 2
+
+
+def test_the_papers_intensities_rank_qwen3_at_4k_the_other_way_round_than_its_measurement() -> None:
+    model = load_model("qwen3-235b-a22b")
+    assert attention_intensity(model, 4096) == (4096 * (2 + 2 / 16) + 4 * 4096) / 16  # 1568
+    assert ffn_intensity(model) == 3 * 1536  # 4608; measured: attention 1.08, FFN 0.73 of its communication
+    assert ffn_intensity(model) > attention_intensity(model, 4096)
+
+
+def _ideal_cluster() -> Cluster:
+    """Everything at peak, no latency, no overhead, memory infinitely fast."""
+    cluster = load_cluster("h800-16x8")
+    curve = ((1.0, 1.0),)
+    curves: dict[str, Any] = {"forward": curve, "backward": curve}
+    gpu = cluster.pools[0].gpu.model_dump()
+    gpu |= {"stage_overhead_us": 0, "memory_bandwidth_gb_per_s": 1e15}
+    gpu["efficiency"] = {"gemm": curve, "grouped_gemm": curve, "attention": {128: curves}, "memory": 1.0}
+    pool = cluster.pools[0].model_dump() | {"gpu": gpu}
+    network = cluster.network.model_dump() | {"efficiency": 1.0, "latency_us": 0, "local_latency_us": 0}
+    return Cluster.model_validate(cluster.model_dump() | {"pools": [pool], "network": network})
+
+
+@pytest.mark.parametrize("sequence", [4096, 32768])
+def test_our_model_becomes_the_papers(sequence: int) -> None:
+    model = load_model("qwen3-235b-a22b")
+    c = coefficients(model)
+    a = allocation(attention_groups=1, ffn_groups=1, attention_ranks=8, ffn_ranks=16, dispatch="per-expert")
+    e = evaluate(problem("qwen3-235b-a22b", _ideal_cluster(), sequence=sequence), a)
+    # A micro-batch is one sequence on each of the 8 attention ranks.
+    peak, nic = 989.4e12, 400e9 / 8
+    assert e.costs.forward_times[2] == pytest.approx(8 * c.attention_flops(sequence) / (8 * peak), rel=1e-6)
+    assert e.costs.forward_times[1] == pytest.approx(8 * c.ffn_flops(sequence) / (16 * peak), rel=1e-6)
+    # N2M carries hidden states only; the 8 NICs of the attention side bind.
+    assert e.links.n2m[0] == pytest.approx(8 * c.num_bytes(sequence) / (8 * nic))
+
+
+def test_two_sides_need_two_gpus() -> None:
+    with pytest.raises(ValueError, match="at least 2 GPUs"):
+        Machine(1, 8, 1e15, 1e10)
