@@ -17,6 +17,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from megatron_disagmoe.simulator.queues import dequeue, enqueue, pop, push, successors_of
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -62,7 +64,7 @@ def run(tasks: Tasks) -> Times:
     """
     scale = ticks_per_unit(tasks.duration)
     ticks = np.rint(tasks.duration * scale).astype(np.int64)
-    starts, successors, missing = _successors(tasks.before, tasks.after, len(ticks))
+    starts, successors, missing = successors_of(tasks.before, tasks.after, len(ticks))
     start, done = _run(
         ticks, tasks.first, tasks.second, tasks.priority, starts, successors, missing, tasks.num_resources
     )
@@ -76,108 +78,6 @@ def ticks_per_unit(durations: Floats) -> float:
     """Ticks in one unit of time: a power of ten, so that decimal durations stay exact."""
     longest = float(durations.max(initial=0.0))
     return 10.0 ** (_DIGITS - math.ceil(math.log10(longest))) if longest > 0 else 1.0
-
-
-@njit(cache=True)
-def _successors(before: Ints, after: Ints, num_tasks: int) -> tuple[Ints, Ints, Ints]:
-    """The edges sorted by their source (offsets and targets), and how many edges each task waits for."""
-    starts = np.zeros(num_tasks + 1, np.int64)
-    missing = np.zeros(num_tasks, np.int64)
-    for edge in range(len(before)):
-        starts[before[edge] + 1] += 1
-        missing[after[edge]] += 1
-    for task in range(num_tasks):
-        starts[task + 1] += starts[task]
-    fill = starts[:-1].copy()
-    successors = np.empty(len(before), np.int64)
-    for edge in range(len(before)):
-        successors[fill[before[edge]]] = after[edge]
-        fill[before[edge]] += 1
-    return starts, successors, missing
-
-
-@njit(cache=True)
-def _push(heap_time: Ints, heap_task: Ints, size: int, time: int, task: int) -> None:
-    """Insert into a binary heap ordered by (time, task); ``size`` counts the entries before."""
-    at = size
-    while at > 0:
-        parent = (at - 1) >> 1
-        if heap_time[parent] < time or (heap_time[parent] == time and heap_task[parent] < task):
-            break
-        heap_time[at] = heap_time[parent]
-        heap_task[at] = heap_task[parent]
-        at = parent
-    heap_time[at] = time
-    heap_task[at] = task
-
-
-@njit(cache=True)
-def _pop(heap_time: Ints, heap_task: Ints, size: int) -> None:
-    """Remove the root of a heap of ``size`` entries."""
-    last = size - 1
-    time, task = heap_time[last], heap_task[last]
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= last:
-            break
-        right = child + 1
-        if right < last and (
-            heap_time[right] < heap_time[child]
-            or (heap_time[right] == heap_time[child] and heap_task[right] < heap_task[child])
-        ):
-            child = right
-        if time < heap_time[child] or (time == heap_time[child] and task < heap_task[child]):
-            break
-        heap_time[at] = heap_time[child]
-        heap_task[at] = heap_task[child]
-        at = child
-    heap_time[at] = time
-    heap_task[at] = task
-
-
-@njit(cache=True)
-def _goes_first(task: int, other: int, priority: Ints, ready: Ints) -> bool:
-    """Whether a free resource takes ``task`` rather than ``other``."""
-    if priority[task] != priority[other]:
-        return bool(priority[task] < priority[other])
-    if ready[task] != ready[other]:
-        return bool(ready[task] < ready[other])
-    return task < other
-
-
-@njit(cache=True)
-def _enqueue(
-    node: int, queue: int, link: Ints, back: Ints, heads: Ints, tails: Ints, priority: Ints, ready: Ints
-) -> None:
-    """Insert a node (2 * task, + 1 for its second resource) in the order in which ``queue`` serves."""
-    before = tails[queue]
-    while before >= 0 and _goes_first(node >> 1, before >> 1, priority, ready):
-        before = back[before]
-    if before < 0:
-        after = heads[queue]
-        heads[queue] = node
-    else:
-        after = link[before]
-        link[before] = node
-    link[node], back[node] = after, before
-    if after < 0:
-        tails[queue] = node
-    else:
-        back[after] = node
-
-
-@njit(cache=True)
-def _dequeue(node: int, queue: int, link: Ints, back: Ints, heads: Ints, tails: Ints) -> None:
-    before, after = back[node], link[node]
-    if before < 0:
-        heads[queue] = after
-    else:
-        link[before] = after
-    if after < 0:
-        tails[queue] = before
-    else:
-        back[after] = before
 
 
 @njit(cache=True)
@@ -225,12 +125,12 @@ def _run(
             ready[task] = now
             if first[task] < 0:
                 start[task] = now
-                _push(heap_time, heap_task, size, now + duration[task], task)
+                push(heap_time, heap_task, size, now + duration[task], task)
                 size += 1
                 continue
-            _enqueue(2 * task, first[task], link, back, heads, tails, priority, ready)
+            enqueue(2 * task, first[task], link, back, heads, tails, priority, ready)
             if second[task] >= 0:
-                _enqueue(2 * task + 1, second[task], link, back, heads, tails, priority, ready)
+                enqueue(2 * task + 1, second[task], link, back, heads, tails, priority, ready)
             if not dirty[first[task]]:
                 dirty[first[task]] = True
                 changed[num_changed] = first[task]
@@ -251,12 +151,12 @@ def _run(
                     break
                 task = rival
             start[task] = now
-            _push(heap_time, heap_task, size, now + duration[task], task)
+            push(heap_time, heap_task, size, now + duration[task], task)
             size += 1
-            _dequeue(2 * task, first[task], link, back, heads, tails)
+            dequeue(2 * task, first[task], link, back, heads, tails)
             busy[first[task]] = True
             if second[task] >= 0:
-                _dequeue(2 * task + 1, second[task], link, back, heads, tails)
+                dequeue(2 * task + 1, second[task], link, back, heads, tails)
                 busy[second[task]] = True
         if size == 0:
             break
@@ -264,7 +164,7 @@ def _run(
         num_fresh = 0
         while size > 0 and heap_time[0] == now:
             task = heap_task[0]
-            _pop(heap_time, heap_task, size)
+            pop(heap_time, heap_task, size)
             size -= 1
             done += 1
             for resource in (first[task], second[task]):
