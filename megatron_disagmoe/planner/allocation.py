@@ -68,8 +68,9 @@ class Job:
 class Allocation:
     """One way to train: sizes, node layout and the levers of memory and time.
 
-    ``attention_pool``, ``ffn_pool``: which of the cluster's pools hold the sides. ``attention_nics_per_node``,
-    ``ffn_nics_per_node``: NICs of a node that carry each side's traffic (fractions where every GPU owns a share).
+    ``attention_pool``, ``ffn_pool``: which of the cluster's pools hold the sides. ``nic_split``: where sides share
+    nodes, which of the ways to split a node's NICs (``traffic.nic_splits``); it makes ``attention_nics_per_node`` and
+    ``ffn_nics_per_node``, for people to read (fractions where every GPU owns a share).
     ``redispatch``: FFN ranks drop their input and get it again before backward; implies full recomputation there.
     """
 
@@ -84,6 +85,7 @@ class Allocation:
     attention_pool: int = 0
     ffn_pool: int = 0
     nodes: NodeLayout = NodeLayout.SPREAD
+    nic_split: int = 0
     attention_nics_per_node: float = 0.0
     ffn_nics_per_node: float = 0.0
     schedule: ScheduleKind = "interleaved-1f1b"

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import DISPATCH_MODES, SCHEDULE_KINDS, Allocation, NodeLayout
 from megatron_disagmoe.planner.arrays import Floats
 from megatron_disagmoe.planner.layout import Geometry
@@ -178,6 +179,45 @@ class Evaluation:
         )
 
 
+def allocation_of(problem: Problem, candidates: Candidates, at: int) -> Allocation:
+    """One candidate as an allocation."""
+    c = candidates
+    layout = LAYOUTS[int(c.layout[at])]
+    a_pool, f_pool = problem.attention_pool, problem.ffn_pool
+    a_nics, f_nics = float(a_pool.nics_per_node), float(f_pool.nics_per_node)
+    tp, cp = problem.attention.cuts[int(c.cut[at])]
+    recompute_ffn, redispatch = FFN_LEVERS[int(c.ffn_lever[at])]
+    allocation = Allocation(
+        attention_groups=int(c.attention_groups[at]),
+        ffn_groups=int(c.ffn_groups[at]),
+        attention_ranks=int(c.attention_ranks[at]),
+        ffn_ranks=int(c.ffn_ranks[at]),
+        replicas=int(c.replicas[at]),
+        tensor_parallel=tp,
+        context_parallel=cp,
+        expert_tensor_parallel=int(c.expert_tensor_parallel[at]),
+        attention_pool=problem.attention_pool_index,
+        ffn_pool=problem.ffn_pool_index,
+        nodes=layout,
+        nic_split=int(c.nics[at]),
+        schedule=SCHEDULE_KINDS[int(c.kind[at])],
+        group_size=int(c.group_size[at]),
+        recompute_attention=Recompute(int(c.recompute[at])),
+        recompute_ffn=recompute_ffn,
+        redispatch=redispatch,
+        dispatch=DISPATCH_MODES[int(c.dispatch[at])],
+        attention_nics_per_node=a_nics,
+        ffn_nics_per_node=f_nics,
+    )
+    if layout is NodeLayout.SEPARATE or not a_pool.nics_per_node:
+        return allocation
+    split = problem.nics[allocation.nic_split]
+    if split.attention:
+        return replace(allocation, attention_nics_per_node=split.attention, ffn_nics_per_node=split.ffn)
+    share = allocation.attention_gpus / allocation.num_gpus
+    return replace(allocation, attention_nics_per_node=a_nics * share, ffn_nics_per_node=a_nics * (1 - share))
+
+
 def candidate_of(problem: Problem, allocation: Allocation) -> Candidates:
     """An allocation as the one entry of candidates.
 
@@ -191,6 +231,7 @@ def candidate_of(problem: Problem, allocation: Allocation) -> Candidates:
         ("attention_ranks", a.attention_ranks, problem.ffn.attention_ranks.tolist()),
         ("ffn_ranks", a.ffn_ranks, problem.ffn.ffn_ranks.tolist()),
         ("expert_tensor_parallel", a.expert_tensor_parallel, problem.ffn.cuts.tolist()),
+        ("nic_split", a.nic_split, range(len(problem.nics))),
     ):
         if value not in known:
             raise ValueError(f"{name} {value} is not possible here: choose from {list(known)}")
@@ -207,25 +248,13 @@ def candidate_of(problem: Problem, allocation: Allocation) -> Candidates:
         a.expert_tensor_parallel,
         LAYOUTS.index(a.nodes),
         DISPATCH_MODES.index(a.dispatch),
-        _nics_of(problem, allocation),
+        a.nic_split,
         int(a.recompute_attention),
         FFN_LEVERS.index((a.recompute_ffn, a.redispatch)),
         SCHEDULE_KINDS.index(a.schedule),
         a.group_size,
     )
     return Candidates(*(np.array([column], np.int64) for column in columns))
-
-
-def _nics_of(problem: Problem, allocation: Allocation) -> int:
-    """The NIC split that gives attention its number of NICs."""
-    if allocation.nodes is NodeLayout.SEPARATE or not problem.nics[0].attention:
-        return 0
-    used = [split.attention for split in problem.nics]
-    if allocation.attention_nics_per_node not in used:
-        raise ValueError(
-            f"attention_nics_per_node {allocation.attention_nics_per_node} is not possible: choose from {used}"
-        )
-    return used.index(int(allocation.attention_nics_per_node))
 
 
 def evaluate(problem: Problem, allocation: Allocation) -> Evaluation:

@@ -43,7 +43,7 @@ def allocation(**changes: Any) -> Allocation:
         "attention_ranks": 8,
         "ffn_ranks": 8,
         "nodes": NodeLayout.SEPARATE,
-        "attention_nics_per_node": 4,
+        "nic_split": 3,
         "group_size": 8,
     }
     return Allocation(**(sizes | changes))

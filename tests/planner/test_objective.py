@@ -115,7 +115,7 @@ def test_impossible_sizes_are_named() -> None:
         ({"attention_ranks": 7}, "attention_ranks 7"),
         ({"attention_groups": 33}, "attention_groups 33"),
         ({"tensor_parallel": 16}, "tensor_parallel"),
-        ({"nodes": NodeLayout.PAIRED, "attention_nics_per_node": 8}, "attention_nics_per_node 8"),
+        ({"nodes": NodeLayout.PAIRED, "nic_split": 8}, "nic_split 8"),
     ):
         with pytest.raises(ValueError, match=name):
             evaluate(problem(), dataclasses.replace(allocation(), **change))

@@ -1,0 +1,142 @@
+"""The best candidates again, exactly: schedules built and run by the event engine, their live activations counted.
+
+Each is built as the search chose it; where its live activations do not fit the memory after all, with a cap on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_disagmoe import builders
+from megatron_disagmoe.planner.allocation import ScheduleKind
+from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory, allocation_of, evaluate
+from megatron_disagmoe.planner.search import TIE, Found
+from megatron_disagmoe.schedules.actions import Group, Schedule, Side
+from megatron_disagmoe.schedules.liveness import peak_live
+from megatron_disagmoe.schedules.orders import Orders
+from megatron_disagmoe.simulator.simulate import simulate_orders
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """An allocation with its schedule. Seconds; ``attention``, ``ffn``: memory of the fullest GPUs at its live counts.
+
+    ``max_live``: the cap that the schedule was built under, None where it needed none.
+    """
+
+    evaluation: Evaluation
+    schedule: Schedule
+    max_live: int | None
+    peak_live: dict[Group, int]
+    pipeline_seconds: float
+    attention: GroupMemory
+    ffn: GroupMemory
+
+    @property
+    def step_seconds(self) -> float:
+        """With reducing gradients and updating weights."""
+        return self.pipeline_seconds + self.evaluation.synchronise_seconds
+
+    @property
+    def group_size(self) -> int | None:
+        """The G it was built with; None for kinds without."""
+        size = self.schedule.parameters.get("group_size")
+        return size if isinstance(size, int) else None
+
+
+def rerank(found: Found, *, progress: Callable[[int, int], None] | None = None) -> list[Ranked]:
+    """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs."""
+    problem = found.problem
+    kinds = [kind for kind in problem.space.schedules if kind != "sequential"]
+    ranked: list[Ranked] = []
+    for at in range(len(found.seconds)):
+        evaluation = evaluate(problem, allocation_of(problem, found.candidates, at))
+        chosen = evaluation.allocation.schedule
+        tried = kinds if chosen != "sequential" else [chosen]
+        ranked += [each for kind in tried if (each := rank(evaluation, kind)) is not None]
+        if progress:
+            progress(at + 1, len(found.seconds))
+    return in_order(ranked)
+
+
+def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:
+    """The fastest first, one for each shape; of ties the highest utilisation, then the fewest GPUs."""
+    if not ranked:
+        return []
+    unit = min(each.step_seconds for each in ranked) * TIE
+
+    def key(each: Ranked) -> tuple[int, float, int]:
+        seconds = each.step_seconds
+        return round(seconds / unit), -each.evaluation.mfu_at(seconds), each.evaluation.allocation.num_gpus
+
+    result: list[Ranked] = []
+    seen = set()
+    for each in sorted(ranked, key=key):
+        a = each.evaluation.allocation
+        shape = replace(a, schedule="sequential", group_size=1)
+        if shape not in seen:
+            seen.add(shape)
+            result.append(each)
+    return result
+
+
+def rank(evaluation: Evaluation, kind: ScheduleKind) -> Ranked | None:
+    """The allocation with a schedule of this kind that fits its memory; None where none does."""
+    allocation = replace(evaluation.allocation, schedule=kind)
+    evaluation = evaluate(evaluation.problem, allocation)
+    try:
+        first = _built(evaluation, group_size=allocation.group_size, max_live=None)
+        if _fits(first):
+            return first
+        cap = live_cap(evaluation)
+        if cap < builders.least_live(evaluation.placement):
+            return None
+        capped = _built(evaluation, group_size=None, max_live=cap)
+    except ValueError:  # no order of this kind exists for these sizes
+        return None
+    return capped if _fits(capped) else None
+
+
+def live_cap(evaluation: Evaluation) -> int:
+    """The most micro-batch-layers that every group can hold."""
+    p = evaluation.problem
+    a_usable, f_usable = p.attention_pool.gpu.usable_bytes, p.ffn_pool.gpu.usable_bytes
+    sides = ((evaluation.attention_first, a_usable), (evaluation.attention_tail, a_usable), (evaluation.ffn, f_usable))
+    return min(memory.most_live(usable) for memory, usable in sides)
+
+
+def _built(evaluation: Evaluation, *, group_size: int | None, max_live: int | None) -> Ranked:
+    kind = evaluation.allocation.schedule
+    costs, n = evaluation.costs, evaluation.num_micro_batches
+    schedule = builders.build(
+        kind,
+        evaluation.placement,
+        num_micro_batches=n,
+        costs=costs,
+        group_size=None if kind == "sequential" else group_size,
+        max_live=max_live,
+    )
+    live = peak_live(schedule)
+    tail = schedule.placement.tail_group
+    run = simulate_orders(Orders.of(schedule), costs)
+    most_a = max(count for group, count in live.items() if group.side is Side.A)
+    most_f = max(count for group, count in live.items() if group.side is Side.F)
+    sides = (evaluation.attention_first.with_live(most_a), evaluation.attention_tail.with_live(live[tail]))
+    return Ranked(
+        evaluation=evaluation,
+        schedule=schedule,
+        max_live=max_live,
+        peak_live=live,
+        pipeline_seconds=run.makespan,
+        attention=max(sides, key=lambda memory: memory.total),
+        ffn=evaluation.ffn.with_live(most_f),
+    )
+
+
+def _fits(ranked: Ranked) -> bool:
+    p = ranked.evaluation.problem
+    return (
+        ranked.attention.total <= p.attention_pool.gpu.memory_gb * 1e9
+        and ranked.ffn.total <= p.ffn_pool.gpu.memory_gb * 1e9
+    )
