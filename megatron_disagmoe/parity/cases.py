@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megatron_disagmoe.parity import data
 
 _MODEL = (
     "--hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
@@ -12,9 +16,13 @@ _MODEL = (
 )
 _TRAINING = (
     "--micro-batch-size 2 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2 "
-    "--clip-grad 1.0 --weight-decay 0.1 --mock-data --tokenizer-type NullTokenizer --vocab-size 257 "
-    "--log-interval 1 --eval-interval 1000 --eval-iters 1 --seed 1234 --moe-token-dispatcher-type alltoall"
+    "--clip-grad 1.0 --weight-decay 0.1 --log-interval 1 --eval-interval 1000 --eval-iters 1 --seed 1234 "
+    "--moe-token-dispatcher-type alltoall"
 )
+_PRECISION = {"fp32": (), "bf16": ("--bf16",), "fp16": ("--fp16",)}
+_STARTS = ("seed", "checkpoint")
+_BASE_STEPS = 3
+"""Steps behind the weights that ``start="checkpoint"`` begins with: enough that nothing is at its initial value."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,11 @@ class Case:
         replicas: R.
         layers: transformer layers.
         steps: optimizer steps.
-        dtype: ``fp32`` or ``bf16``.
+        dtype: ``fp32``, ``bf16`` or ``fp16``.
         schedule: ``--af-schedule``.
+        dispatch: ``--af-dispatch``.
+        transport: ``--af-transport``.
+        start: ``seed``, or ``checkpoint``: both runs load the weights that a vanilla run has saved.
         extra: flags for both runs (they come last, so they win).
         af_extra: flags for the AF-pipe run alone.
     """
@@ -46,10 +57,14 @@ class Case:
     extra: tuple[str, ...] = field(default=())
     af_extra: tuple[str, ...] = field(default=())
     ffn_groups: int | None = None
+    dispatch: str = "per-expert"
+    transport: str = "torch"
+    start: str = "seed"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("fp32", "bf16"):
-            raise ValueError(f"--dtype {self.dtype!r}: choose fp32 or bf16")
+        for name, choices in (("dtype", tuple(_PRECISION)), ("start", _STARTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
         for name in ("attention_groups", "attention_ranks", "ffn_ranks", "replicas", "layers", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -67,27 +82,43 @@ class Case:
         """Processes of the vanilla run: its data-parallel size, M*R."""
         return self.replicas * self.attention_ranks
 
-    def vanilla_flags(self) -> list[str]:
-        """Flags of the vanilla run."""
-        flags = [*_MODEL.split(), *_TRAINING.split(), "--num-layers", str(self.layers)]
-        flags += ["--train-iters", str(self.steps)]
-        if self.dtype == "bf16":
-            flags.append("--bf16")
+    def base_flags(self, folder: Path) -> list[str]:
+        """Flags of the vanilla run that saves the weights to start from."""
+        base = replace(self, start="seed", steps=_BASE_STEPS)
+        return [
+            *base.vanilla_flags(folder),
+            *("--save", str(self.checkpoint(folder)), "--save-interval", str(_BASE_STEPS), "--no-save-optim"),
+        ]
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Where the weights to start from lie, named by what they depend on."""
+        base = replace(self, start="seed", steps=_BASE_STEPS)
+        words = (str(self.vanilla_world_size), *base.vanilla_flags(folder))
+        return folder / f"checkpoint-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:12]}"
+
+    def vanilla_flags(self, folder: Path) -> list[str]:
+        """Flags of the vanilla run; corpus and checkpoint lie in ``folder``."""
+        flags = [*_MODEL.split(), *_TRAINING.split(), *data.flags(folder), "--num-layers", str(self.layers)]
+        flags += ["--train-iters", str(self.steps), *_PRECISION[self.dtype]]
+        if self.start == "checkpoint":
+            flags += ["--load", str(self.checkpoint(folder)), "--finetune", "--no-load-optim", "--no-load-rng"]
         return [*flags, *self.extra]
 
-    def af_flags(self) -> list[str]:
+    def af_flags(self, folder: Path) -> list[str]:
         """The same flags with AF-pipe's."""
         return [
-            *self.vanilla_flags(),
+            *self.vanilla_flags(folder),
             "--af-pipe",
             *("--af-attention-groups", str(self.attention_groups)),
             *(() if self.ffn_groups is None else ("--af-ffn-groups", str(self.ffn_groups))),
             *("--af-attention-ranks", str(self.attention_ranks)),
             *("--af-ffn-ranks", str(self.ffn_ranks)),
             *("--af-schedule", self.schedule),
+            *("--af-dispatch", self.dispatch),
+            *("--af-transport", self.transport),
             *self.af_extra,
         ]
 
     def with_extra(self, *flags: str) -> Case:
-        """The same case with more flags."""
+        """The same case with more flags for both runs."""
         return replace(self, extra=(*self.extra, *flags))
