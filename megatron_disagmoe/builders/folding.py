@@ -1,8 +1,9 @@
-"""From a simulated run on virtual groups to an order on real ones: groups take work in order of start."""
+"""From a run on virtual groups to an order on real ones: groups take their work in order of start."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.orders import F, Ints, Orders, W, sorted_orders
@@ -12,9 +13,9 @@ from megatron_disagmoe.simulator.simulate import Run
 def progress(orders: Orders) -> Ints:
     """A number of every action that grows along every dependency: forward up the stages, backward down again."""
     last = 2 * orders.placement.num_layers
-    forward = 3 * orders.stage
-    backward = 3 * (2 * last + 1 - orders.stage)
-    return np.where(orders.kind == F, forward, backward + (orders.kind == W))
+    forward = 2 * orders.stage
+    backward = 2 * (2 * last + 1 - orders.stage) + (orders.kind == W)
+    return np.where(orders.kind == F, forward, backward)
 
 
 def folded(run: Run, placement: Placement) -> Orders:
@@ -23,7 +24,11 @@ def folded(run: Run, placement: Placement) -> Orders:
     Free of deadlock: a run is over in finite time, so the order of its starts (ties by ``progress``) is one in which
     everything could run one after the other.
     """
-    orders = run.orders
+    return reordered(run.orders, placement, run.start, progress(run.orders), run.orders.micro_batch)
+
+
+def reordered(orders: Orders, placement: Placement, *keys: NDArray[np.generic]) -> Orders:
+    """The actions of ``orders`` on the groups of ``placement``, each group's by ``keys``, the first of them first."""
     return sorted_orders(
         placement,
         num_micro_batches=orders.num_micro_batches,
@@ -31,5 +36,5 @@ def folded(run: Run, placement: Placement) -> Orders:
         kind=orders.kind,
         stage=orders.stage,
         micro_batch=orders.micro_batch,
-        keys=(run.start, progress(orders), orders.micro_batch),
+        keys=keys,
     )

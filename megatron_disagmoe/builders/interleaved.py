@@ -1,19 +1,41 @@
 """Interleaved 1F1B over the ring A_0, F_0, A_1, F_1, ... of q attention and q FFN groups.
 
 Micro-batches go round in groups of G: a worker runs the first G on its first stage, the same G on its second, and so
-on; backward the same from the last stage down. After ``warm_up`` forwards it alternates one backward and one forward.
-In this order a stage's successor is one worker further and takes the micro-batch up as soon as it arrives, if G is what
-one trip round the ring takes: 2q stages and 2q transfers.
+on; backward the same from the last stage down. After its warm-up a worker alternates m backwards and m forwards.
+
+What the numbers are good for. A micro-batch comes back to a worker after 2q stages and 2q transfers; G micro-batches
+keep the worker busy meanwhile. From one worker to the next and back takes one forward, one backward and two transfers;
+in that time the worker that is nearer to the start does ``slope`` forwards more before its first backward.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.orders import B, F, Ints, Orders, group_of_stage, sorted_orders
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One order of the family.
+
+    Attributes:
+        ring: q, attention groups, and FFN groups, that share the layers round-robin; more than L leaves some empty.
+        group_size: G at most; groups are made even.
+        slope: forwards that the warm-up shrinks by from one worker to the next.
+        extra: forwards of every warm-up beyond those that the first backward needs.
+        block: m.
+    """
+
+    ring: int
+    group_size: int
+    slope: float = 2.0
+    extra: int = 0
+    block: int = 1
 
 
 def even_groups(num_micro_batches: int, largest: int) -> list[int]:
@@ -23,30 +45,16 @@ def even_groups(num_micro_batches: int, largest: int) -> list[int]:
     return [small + 1] * rest + [small] * (count - rest)
 
 
-def interleaved(
-    *,
-    num_layers: int,
-    ring: int,
-    num_micro_batches: int,
-    group_size: int,
-    warm_up_extra: int = 0,
-    forward_only: bool = False,
-) -> Orders:
-    """The order on ``ring`` attention and FFN groups, and one more attention group that holds only the tail.
-
-    Args:
-        ring: attention groups, and FFN groups, that share the L layers round-robin; more than L leaves some empty.
-        group_size: G at most; groups are made even.
-        warm_up_extra: forwards before the first backward beyond the stages still ahead, there and back.
-    """
+def interleaved(shape: Shape, *, num_layers: int, num_micro_batches: int, forward_only: bool = False) -> Orders:
+    """The order on ``shape.ring`` attention and FFN groups, and one more attention group that holds only the tail."""
     placement = Placement(
-        num_attention_groups=ring + 1,
-        num_ffn_groups=ring,
-        attention=(*(layer % ring for layer in range(num_layers)), ring),
-        ffn=tuple(layer % ring for layer in range(num_layers)),
+        num_attention_groups=shape.ring + 1,
+        num_ffn_groups=shape.ring,
+        attention=(*(layer % shape.ring for layer in range(num_layers)), shape.ring),
+        ffn=tuple(layer % shape.ring for layer in range(num_layers)),
     )
     last = 2 * num_layers
-    sizes = even_groups(num_micro_batches, group_size)
+    sizes = even_groups(num_micro_batches, shape.group_size)
     stage = np.repeat(np.arange(last + 1), num_micro_batches)
     micro_batch = np.tile(np.arange(num_micro_batches), last + 1)
     group = np.repeat(np.arange(len(sizes)), sizes)[micro_batch]
@@ -63,7 +71,12 @@ def interleaved(
             keys=(forward,),
         )
     backward = _rank(worker, group, -stage, micro_batch)
-    warm_up = _warm_up(placement, sizes[0], warm_up_extra)[worker]
+    warm_up = _warm_up(placement, sizes[0], shape)[worker]
+    block = np.where(stage == last, 1, shape.block)  # the tail has each backward follow its forward
+    cycle = 2 * block
+    late = forward - warm_up
+    forward_key = np.where(late < 0, forward, warm_up + cycle * (late // block) + block + late % block)
+    backward_key = warm_up + cycle * (backward // block) + backward % block
     return sorted_orders(
         placement,
         num_micro_batches=num_micro_batches,
@@ -71,7 +84,7 @@ def interleaved(
         kind=np.repeat((F, B), len(stage)),
         stage=np.tile(stage, 2),
         micro_batch=np.tile(micro_batch, 2),
-        keys=(np.concatenate((2 * forward, 2 * (warm_up + backward) - 1)),),
+        keys=(np.concatenate((forward_key, backward_key)),),
     )
 
 
@@ -84,13 +97,14 @@ def _rank(worker: Ints, *keys: Ints) -> Ints:
     return rank
 
 
-def _warm_up(placement: Placement, group_size: int, extra: int) -> Ints:
+def _warm_up(placement: Placement, group_size: int, shape: Shape) -> Ints:
     """Forwards of every worker before its first backward."""
     groups = group_of_stage(placement)
     last = 2 * placement.num_layers
     stages = np.bincount(groups, minlength=len(placement.groups))
     deepest = np.zeros(len(placement.groups), np.int64)
     np.maximum.at(deepest, groups, np.arange(last + 1))
-    warm_up = np.maximum(stages - 1, 0) * group_size + 2 * (last - 1 - deepest) + 1 + extra
+    ahead = np.floor(shape.slope * (last - 1 - deepest)).astype(np.int64)
+    warm_up = np.maximum(stages - 1, 0) * group_size + ahead + 1 + shape.extra
     warm_up[groups[last]] = 1
     return warm_up

@@ -1,0 +1,178 @@
+"""The best order within reach: members of the interleaved family, folded onto the placement, judged by the simulator.
+
+Deterministic: the effort is counted in simulated actions, not in seconds, so all ranks find the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_disagmoe.builders.folding import folded
+from megatron_disagmoe.builders.interleaved import Shape, interleaved
+from megatron_disagmoe.builders.listing import Listing
+from megatron_disagmoe.builders.weights import filled
+from megatron_disagmoe.schedules.actions import Placement
+from megatron_disagmoe.schedules.orders import B, F, Orders, W
+from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
+from megatron_disagmoe.simulator.costs import StageCosts
+from megatron_disagmoe.simulator.engine import Floats
+from megatron_disagmoe.simulator.simulate import Run, simulate_orders
+
+#: Actions that a search may simulate: about a second.
+EFFORT = 1_500_000
+#: Makespans closer than this are alike, and fewer live activations decide.
+_ALIKE = 1e-3
+#: The search is over this close to the bound.
+_CLOSE = 2e-4
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to build an order for."""
+
+    placement: Placement
+    num_micro_batches: int
+    costs: StageCosts
+    forward_only: bool
+    split: bool
+    max_live: int | None
+
+    @property
+    def bound(self) -> float:
+        """No order is faster."""
+        workload = Workload.uniform(
+            self.placement,
+            self.costs,
+            num_micro_batches=self.num_micro_batches,
+            forward_only=self.forward_only,
+            split_backward=self.split,
+        )
+        return lower_bounds(workload).phase
+
+
+@dataclass(frozen=True)
+class Found:
+    """An order on the real groups, its simulated run, and how it was made."""
+
+    run: Run
+    live: int
+    made_by: dict[str, object]
+
+    @property
+    def orders(self) -> Orders:
+        """The order."""
+        return self.run.orders
+
+
+def most_live(orders: Orders) -> int:
+    """The most activations that a group holds at once."""
+    if orders.forward_only:
+        return 1
+    change = (orders.kind == F).astype(np.int64) - ((orders.kind == B) | (orders.kind == W))
+    held = np.concatenate(([0], np.cumsum(change)))  # every group ends at 0
+    return int(held.max())
+
+
+class Search:
+    """Keeps the best order found so far and counts what finding it took."""
+
+    def __init__(self, task: Task, *, effort: int = EFFORT) -> None:
+        self.task = task
+        self.bound = task.bound
+        self.best: Found | None = None
+        self._effort = effort
+        self._values: dict[Shape, float] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing (much) is left to find, or the effort is spent."""
+        return self._effort <= 0 or (self.best is not None and self.best.run.makespan <= self.bound * (1 + _CLOSE))
+
+    def value(self, found: Found) -> float:
+        """What is to be small: time, and a little also memory."""
+        return found.run.makespan * (1 + _ALIKE * found.live / (4 * self.task.placement.num_layers))
+
+    def spend(self, orders: Orders, times: int = 1) -> None:
+        """Count simulated runs of ``orders``."""
+        self._effort -= times * len(orders)
+
+    def consider(self, orders: Orders, made_by: dict[str, object]) -> Found | None:
+        """Simulate an order on the real groups, keep it if it is the best; None where it breaks the cap."""
+        live = most_live(orders)
+        if self.task.max_live is not None and live > self.task.max_live:
+            return None
+        self.spend(orders)
+        found = Found(simulate_orders(orders, self.task.costs), live, made_by)
+        if self.best is None or self.value(found) < self.value(self.best):
+            self.best = found
+        return found
+
+    def shape(self, shape: Shape) -> float:
+        """Value of a member of the family; infinite where it cannot run or breaks the cap."""
+        task = self.task
+        shape = replace(shape, group_size=min(shape.group_size, task.num_micro_batches))
+        if shape in self._values:
+            return self._values[shape]
+        self._values[shape] = math.inf
+        orders = interleaved(
+            shape,
+            num_layers=task.placement.num_layers,
+            num_micro_batches=task.num_micro_batches,
+            forward_only=task.forward_only,
+        )
+        self.spend(orders)
+        try:
+            if task.split:
+                self.spend(orders, 2)
+                real = filled(orders, task.costs, placement=task.placement, max_live=task.max_live)
+            else:
+                real = folded(simulate_orders(orders, task.costs), task.placement)
+        except ValueError:  # its groups wait for each other in a circle
+            return math.inf
+        found = self.consider(real, {"ring": shape.ring, **_numbers(shape)})
+        if found is not None:
+            self._values[shape] = self.value(found)
+        return self._values[shape]
+
+    def descend(self, shape: Shape, moves: Callable[[Shape], Iterator[list[Shape]]]) -> Shape:
+        """From ``shape`` along one coordinate after the other, until none helps or the effort is spent."""
+        value = self.shape(shape)
+        improved = True
+        while improved and not self.is_over:
+            improved = False
+            for line in moves(shape):
+                for other in line:
+                    if self.is_over:
+                        return shape
+                    if self.shape(other) < value:
+                        shape, value, improved = other, self.shape(other), True
+        return shape
+
+    def justify(self, found: Found, *, passes: int) -> None:
+        """Push all work of an order as late as it can go, then list by those times; repeat.
+
+        What is not urgent makes room for what is. Known from project scheduling as forward-backward improvement.
+        """
+        listing = Listing(found.orders, self.task.costs)
+        priority: Floats = found.run.start
+        for count in range(passes):
+            if self.is_over:
+                return
+            self.spend(found.orders, 2)
+            forward = listing.forward(priority, max_live=self.task.max_live)
+            self.consider(listing.in_turn(forward), {**found.made_by, "justified": count})
+            backward = listing.backward(-forward.end)
+            priority = backward.makespan - backward.end
+
+
+def _numbers(shape: Shape) -> dict[str, object]:
+    return {
+        "group_size": shape.group_size,
+        "slope": shape.slope,
+        "extra": shape.extra,
+        "block": shape.block,
+    }
