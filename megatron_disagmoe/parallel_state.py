@@ -13,12 +13,13 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_disagmoe.schedules.actions import Group, Side
+from megatron_disagmoe.schedules.actions import Side
 from megatron_disagmoe.topology import Role, Topology
 
 
@@ -30,11 +31,13 @@ class AFParallelState:
         topology: of the whole world.
         role: of this rank.
         world_size: of the job.
+        column_group: the attention ranks that see this one's batches; None on FFN ranks, and where p_A = 1.
     """
 
     topology: Topology
     role: Role
     world_size: int
+    column_group: dist.ProcessGroup | None = None
 
     @property
     def is_attention(self) -> bool:
@@ -106,23 +109,37 @@ def initialize(
         if group == role.group:
             mine = _globals()
     _restore(mine)
+    minutes = megatron.get("distributed_timeout_minutes")
+    timeout = None if minutes is None else timedelta(minutes=minutes)
     if tied_embeddings:
-        _tie_embedding_groups(topology, rank)
+        _tie_embedding_groups(topology, rank, timeout)
     if role.group.side is Side.F:
         mpu._MPU_DATA_PARALLEL_WORLD_SIZE = topology.data_parallel_size
         mpu._MPU_DATA_PARALLEL_RANK = 0
-    _STATE = AFParallelState(topology=topology, role=role, world_size=world_size)
+    column = _column_group(topology, rank, timeout)
+    _STATE = AFParallelState(topology=topology, role=role, world_size=world_size, column_group=column)
     return _STATE
 
 
-def _tie_embedding_groups(topology: Topology, rank: int) -> None:
+def _column_group(topology: Topology, rank: int, timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """The group of this rank's column, if there is one to speak of; every rank makes all of them."""
+    mine = None
+    if topology.placement.num_attention_groups > 1:
+        for ranks in topology.columns:
+            group = dist.new_group(sorted(ranks), timeout=timeout)
+            if rank in ranks:
+                mine = group
+    return mine
+
+
+def _tie_embedding_groups(topology: Topology, rank: int, timeout: timedelta | None) -> None:
     """Where A_0 is not the tail, the two copies of the tied weight sum their gradients over a group of their own."""
     first, tail = topology.placement.attention_group(0), topology.placement.tail_group
     if first == tail:
         return
     for replica in range(topology.replicas):
         for ranks in zip(topology.ranks(first, replica), topology.ranks(tail, replica), strict=True):
-            group = dist.new_group(sorted(ranks))
+            group = dist.new_group(sorted(ranks), timeout=timeout)
             if rank in ranks:
                 mpu._EMBEDDING_GROUP = group
                 mpu._EMBEDDING_GLOBAL_RANKS = sorted(ranks)
@@ -143,8 +160,3 @@ def _restore(values: dict[str, Any]) -> None:
 def _own(value: Any) -> Any:
     """A copy where Megatron changes the value in place (lists of ranks, of groups)."""
     return copy.copy(value) if isinstance(value, list | dict) else value
-
-
-def block_of(group: Group) -> range:
-    """Global ranks of a group, all replicas."""
-    return state().topology.blocks[group]

@@ -115,7 +115,7 @@ _FIXES = (
 
 TRAINING = "megatron_disagmoe.training"
 MODEL = "megatron_disagmoe.model"
-_PARITY = "tests/training/test_parity.py"
+_PARITY = "tests/parity/test_parity.py"
 _SPLIT = "tests/runtime/test_training.py"
 _PASSES_IT = "pretrain() takes it as an argument"
 
@@ -169,7 +169,7 @@ _AF_PIPE = (
         "megatron.training.training:setup_model_and_optimizer",
         "the table of roles is printed when the model is built",
         TRAINING,
-        "tests/training/test_run.py",
+        "tests/training/test_reports.py",
         "pretrain() has a callback after set-up",
     ),
     Seam(
@@ -178,7 +178,38 @@ _AF_PIPE = (
         "megatron_disagmoe.parity",
         _PARITY,
         "a step callback carries them",
-        takes=("loss_dict", "iteration", "grad_norm"),
+        takes=(
+            "loss_dict",
+            "learning_rate",
+            "iteration",
+            "loss_scale",
+            "skipped_iter",
+            "grad_norm",
+            "params_norm",
+            "num_zeros_in_grad",
+        ),
+    ),
+    Seam(
+        "megatron.training.training:calc_params_l2_norm",
+        "the parameters' norm is that of both roles",
+        TRAINING,
+        _PARITY,
+        "it takes a process group",
+    ),
+    Seam(
+        "megatron.core.transformer.moe.moe_logging:MoEMetricsTracker._sync_metrics",
+        "router losses are logged for all layers, which are on several attention groups",
+        TRAINING,
+        _PARITY,
+        "the tracker takes the group to sum over",
+        takes=("self", "metric_names", "pg_collection"),
+    ),
+    Seam(
+        "megatron.training.training:build_pretraining_data_loader",
+        "FFN ranks draw no batch, so their loaders start no processes",
+        TRAINING,
+        "tests/training/test_loaders.py",
+        "the loaders of ranks without data can be left out",
     ),
     Seam(
         "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
@@ -221,4 +252,71 @@ _AF_PIPE = (
     ),
 )
 
-SEAMS: dict[str, Seam] = {seam.symbol: seam for seam in (*_CPU, *_FIXES, *_AF_PIPE)}
+_STAGE = "megatron_disagmoe.model.stages"
+_PUBLIC = "it becomes public"
+_LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
+_GPT = "megatron.core.models.gpt.gpt_model:GPTModel"
+_MOE = "megatron.core.transformer.moe.moe_layer:MoELayer"
+_MPU = "megatron.core.parallel_state"
+
+CALLED = (
+    Seam(
+        f"{_LAYER}._forward_attention",
+        "an attention stage ends before the MoE layer's experts",
+        _STAGE,
+        _PARITY,
+        _PUBLIC,
+        takes=("hidden_states", "attention_mask", "rotary_pos_emb"),
+    ),
+    Seam(
+        f"{_LAYER}._forward_pre_mlp_layernorm",
+        "likewise: the norm whose output is routed",
+        _STAGE,
+        _PARITY,
+        _PUBLIC,
+        takes=("hidden_states",),
+    ),
+    Seam(
+        f"{_GPT}._preprocess",
+        "the embedding and the rotary angles, without the layers",
+        _STAGE,
+        _PARITY,
+        _PUBLIC,
+        takes=("input_ids", "position_ids", "decoder_input"),
+    ),
+    Seam(
+        f"{_GPT}._postprocess",
+        "the output layer and the loss per token, without the layers",
+        _STAGE,
+        _PARITY,
+        _PUBLIC,
+        takes=("hidden_states", "labels", "loss_mask"),
+    ),
+    Seam(f"{_MOE}.route", "the router alone", _STAGE, _PARITY, "never: it is cut to be called"),
+    Seam(
+        f"{_MOE}.shared_experts_compute", "run while the dispatch travels", _STAGE, _PARITY, "never: likewise"
+    ),
+    *(
+        Seam(
+            f"{_MPU}:{name}",
+            "FFN ranks count batches as the attention side does",
+            "megatron_disagmoe.parallel_state",
+            _PARITY,
+            "initialize_megatron takes process groups",
+        )
+        for name in ("_MPU_DATA_PARALLEL_WORLD_SIZE", "_MPU_DATA_PARALLEL_RANK")
+    ),
+    *(
+        Seam(
+            f"{_MPU}:{name}",
+            "a tied weight has its two ends on two attention groups",
+            "megatron_disagmoe.parallel_state",
+            _PARITY,
+            "initialize_megatron takes process groups",
+        )
+        for name in ("_EMBEDDING_GROUP", "_EMBEDDING_GLOBAL_RANKS")
+    ),
+)
+"""Used as they are; the model's builder looks all of them up before it builds."""
+
+SEAMS: dict[str, Seam] = {seam.symbol: seam for seam in (*_CPU, *_FIXES, *_AF_PIPE, *CALLED)}

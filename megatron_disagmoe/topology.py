@@ -61,12 +61,14 @@ class Topology:
         attention_ranks: M, data-parallel ranks of an attention group.
         ffn_ranks: N, expert-parallel ranks of an FFN group.
         replicas: R, outer data-parallel copies of the whole ring.
+        redispatch: tokens may be dispatched a second time, for backward.
     """
 
     placement: Placement
     attention_ranks: int
     ffn_ranks: int
     replicas: int
+    redispatch: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -76,6 +78,17 @@ class Topology:
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        placement = self.placement
+        idle = [
+            group
+            for group in placement.groups
+            if group.index not in (placement.attention if group.side is Side.A else placement.ffn)
+        ]
+        if idle:
+            raise ValueError(
+                f"group {idle[0]} holds no stage of {placement.num_layers} MoE layers, so its ranks would have nothing "
+                f"to do; give it one, or leave it out of the placement"
+            )
 
     @property
     def world_size(self) -> int:
@@ -157,12 +170,15 @@ class Topology:
         assert first is not None, "there is always an FFN group"
         return first[0]
 
-    def column(self, role: Role) -> dict[Group, int]:
-        """The attention ranks that see the same batches as this attention rank, by group."""
-        assert role.group.side is Side.A, "only attention ranks stand in a column"
-        return {
-            group: self.ranks(group, role.replica)[role.index] for group in self.group_order if group.side is Side.A
-        }
+    @property
+    def columns(self) -> tuple[tuple[int, ...], ...]:
+        """For each replica and index the attention ranks that see the same batches, in order of their ranks."""
+        groups = [group for group in self.group_order if group.side is Side.A]
+        return tuple(
+            tuple(self.ranks(group, replica)[index] for group in groups)
+            for replica in range(self.replicas)
+            for index in range(self.attention_ranks)
+        )
 
     @cached_property
     def channels(self) -> tuple[Channel, ...]:
@@ -174,6 +190,8 @@ class Topology:
                     for gradient in (False, True):
                         source, target = self.placement.ends(edge, layer, gradient=gradient)
                         found[edge, gradient, source, target] = None
+            if self.redispatch:
+                found[Edge.AGAIN, False, *self.placement.ends(Edge.AGAIN, layer)] = None
         return tuple(
             Channel(edge, gradient, source, target, replica, self.ranks(source, replica), self.ranks(target, replica))
             for edge, gradient, source, target in found

@@ -27,6 +27,7 @@ from megatron_disagmoe import megatron_seams, parallel_state
 from megatron_disagmoe.model.halves import AttentionHalfLayer, ExpertHalfLayer, ForeignLayer
 from megatron_disagmoe.model_layers import LayerLayout, moe_pattern
 from megatron_disagmoe.parallel_state import AFParallelState
+from megatron_disagmoe.seam_records import CALLED
 
 BUILDER = "megatron_disagmoe.model.builder.AFGPTModelBuilder"
 
@@ -61,6 +62,8 @@ class AFGPTModelBuilder(GPTModelBuilder):
 
     def __init__(self, model_config: GPTModelConfig) -> None:
         super().__init__(model_config)
+        for seam in CALLED:
+            megatron_seams.resolve(seam.symbol)
         self._vanilla = model_config.transformer
         model_config.transformer = role_config(self._vanilla, parallel_state.state())
 
@@ -170,9 +173,9 @@ def average_over_attention_side(model: DistributedDataParallel, state: AFParalle
         return
     factor = 1.0 / state.topology.data_parallel_size
     for buffer in (*model.buffers, *model.expert_parallel_buffers):
-        buffer.gradient_scaling_factor = factor
-        for bucket in buffer.buckets:
-            bucket.gradient_scaling_factor = factor
+        for scaled in (buffer, *buffer.buckets):
+            assert hasattr(scaled, "gradient_scaling_factor"), f"{type(scaled).__name__} scales its gradients otherwise"
+            scaled.gradient_scaling_factor = factor
 
 
 def _layers_by_number(layers: list[TransformerLayer]) -> torch.nn.ModuleList:

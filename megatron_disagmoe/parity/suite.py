@@ -55,7 +55,7 @@ def _starts() -> dict[str, Case]:
 def _gradients() -> dict[str, Case]:
     """How gradients are scaled, normed and stepped with over both roles."""
     per_token = "--calculate-per-token-loss"
-    fp16 = "--initial-loss-scale 4294967296 --loss-scale-window 3 --hysteresis 1"
+    fp16 = "--initial-loss-scale 4194304 --loss-scale-window 3 --hysteresis 1"
     return {
         "per-token-m2": _short(per_token, attention_ranks=2),
         "per-token-n2": _short(per_token, ffn_ranks=2),

@@ -71,7 +71,7 @@ class BatchFeed:
         return batch
 
     def _draw(self) -> Batch:
-        output, loss_func = self._forward_step(self._data_iterator, self._stand_in)
+        _, loss_func = self._forward_step(self._data_iterator, self._stand_in)
         if self._stand_in.recorded is None:
             raise ValueError("forward_step returned without calling the model; --af-pipe needs its arguments")
         batch = Batch(**self._stand_in.recorded, loss_func=loss_func)

@@ -47,6 +47,8 @@ def _install_af_pipe() -> None:
     from megatron_disagmoe.training import (
         checkpoint,
         forward_backward,
+        loaders,
+        metrics,
         optimizer,
         process_groups,
         reports,
@@ -58,5 +60,7 @@ def _install_af_pipe() -> None:
     megatron_seams.patch(f"{_TRAINING}:get_forward_backward_func", forward_backward.get_forward_backward_func)
     megatron_seams.wrap(f"{_TRAINING}:get_megatron_optimizer", optimizer.unified)
     megatron_seams.wrap(f"{_TRAINING}:setup_model_and_optimizer", reports.announcing)
+    megatron_seams.wrap(f"{_TRAINING}:build_pretraining_data_loader", loaders.without_workers_on_ffn_ranks)
+    metrics.install()
     split_linear.install()
     checkpoint.install()

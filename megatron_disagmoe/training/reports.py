@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from megatron.training import get_args
 from megatron.core.utils import unwrap_model
+from megatron.training import get_args
 
 from megatron_disagmoe import arguments, parallel_state
 
