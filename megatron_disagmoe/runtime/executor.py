@@ -17,7 +17,10 @@ from megatron_disagmoe.schedules.actions import Action, Group, Kind, Schedule, S
 from megatron_disagmoe.schedules.dataflow import COMPUTE, Port, inputs, redispatched
 from megatron_disagmoe.schedules.liveness import lifetimes, live_counts
 from megatron_disagmoe.tracing.recorder import Recorder, edge_name
-from megatron_disagmoe.transport.base import Message
+from megatron_disagmoe.transport.base import Message, TransferKey
+
+_SAID = 4
+"""How many outstanding receives last words name."""
 
 Emit = Callable[[Port, list[Message]], None]
 """Hands over one message per peer; called during a compute action, as early as the messages exist."""
@@ -84,6 +87,23 @@ class Executor:
         self.links = links
         self.recorder = recorder
         self._known: dict[int, tuple[Schedule, list[_Step]]] = {}
+        self._under_way: tuple[_Run, _Step] | None = None
+
+    def doing(self) -> str:
+        """What this rank is at, for its last words: the action, and what it waits for or will."""
+        if self._under_way is None:
+            return "between two steps"
+        run, step = self._under_way
+        posted = [
+            f"{TransferKey(port.edge.value, port.gradient, port.layer, micro_batch)} from rank "
+            + ", ".join(map(str, incoming.peers))
+            for (port, micro_batch), incoming in run.awaited()
+        ]
+        action = step.action
+        return (
+            f"at {action.kind.value} of layer {action.layer}, micro-batch {action.micro_batch}; "
+            f"receives outstanding: {'; '.join(posted[:_SAID]) or 'none'}{'; ...' if len(posted) > _SAID else ''}"
+        )
 
     def run(self, schedule: Schedule, worker: Worker) -> None:
         """Run one step and wait until everything sent has been taken.
@@ -101,6 +121,7 @@ class Executor:
         _, steps = self._known[id(schedule)]
         run = _Run(self.links, self.recorder, schedule)
         for step in steps:
+            self._under_way = run, step
             if step.port is None:
                 run.compute(step, worker)
                 live = len(worker.activations)
@@ -111,6 +132,7 @@ class Executor:
                 run.sent(step.port, step.action.micro_batch)
         run.finish()
         self.links.transport.flush()
+        self._under_way = None
 
 
 class _Run:
@@ -155,14 +177,19 @@ class _Run:
     def _take(self, port: Port, micro_batch: int, *, is_local: bool) -> list[Message]:
         if is_local:
             return self.handed_over.pop((port, micro_batch))
-        incoming = self.incoming.pop((port, micro_batch))
-        if not self.recorder.enabled:
-            return incoming.wait()
+        incoming = self.incoming[port, micro_batch]
         start = time.perf_counter_ns()
         messages = incoming.wait()
+        del self.incoming[port, micro_batch]
+        if not self.recorder.enabled:
+            return messages
         name = edge_name(port.edge, port.gradient)
         self.recorder.wait(name, port.layer, micro_batch, incoming.peers[0], start, time.perf_counter_ns())
         return messages
+
+    def awaited(self) -> list[tuple[tuple[Port, int], Incoming]]:
+        """Receives whose message has not been taken, oldest first."""
+        return list(self.incoming.items())
 
     def finish(self) -> None:
         """A verified schedule leaves nothing over."""

@@ -21,7 +21,7 @@ from megatron_disagmoe.runtime.executor import Executor, Worker
 from megatron_disagmoe.runtime.links import Links
 from megatron_disagmoe.runtime.workers import AttentionWorker, ExpertWorker
 from megatron_disagmoe.schedule_choice import StepSchedule
-from megatron_disagmoe.training import transfers
+from megatron_disagmoe.training import last_words, transfers
 from megatron_disagmoe.training.batches import BatchFeed
 from megatron_disagmoe.training.process_groups import transport
 from megatron_disagmoe.training.schedule import schedule_for
@@ -63,7 +63,9 @@ def forward_backward(
     step.set_aux_loss_scale()
     pipe.traffic.begin()
     with torch.no_grad() if forward_only else contextlib.nullcontext(), weight_gradients.split(plan.is_split):
-        pipe.executor.run(plan.schedule, pipe.worker(step, plan, forward_step_func, iterator))
+        worker = pipe.worker(step, plan, forward_step_func, iterator)
+        with last_words.on_lost_peer(dist.get_rank(), pipe.state.role):
+            pipe.executor.run(plan.schedule, worker)
     if not forward_only:
         pipe.tied.add_up()
         step.finalize_gradients(force_all_reduce=force_all_reduce)
@@ -146,6 +148,7 @@ class _Pipe:
         shared = model.config.moe_shared_expert_intermediate_size is not None
         specs = transfers.edge_specs(args, self.dispatcher, shared=shared)
         self.executor = Executor(Links(state.topology, state.role, transport(), specs), recorder())
+        last_words.on_sigterm(dist.get_rank(), state.role, self.executor.doing)
         self.exchange = transfers.node_exchange(transport(), self.dispatcher)
         self.traffic = transfers.TrafficLog(transport())
         self.num_stages = state.topology.placement.num_layers
