@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit
+from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit, err_console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -33,6 +34,35 @@ def simulator(out: OutOption = None, as_json: bool = JsonOption) -> None:
     emit(result, as_json=as_json, render=lambda console: _show_simulator(console, rows))
     if not all(row["holds"] for row in rows):
         raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+@app.command()
+def transport(
+    out: OutOption = None,
+    sizes: Annotated[str, typer.Option(help="M x N, several with commas.")] = "1x1,2x2,3x1,1x3",
+    links: Annotated[str, typer.Option(help="Limits in Gbit/s, with commas; none: this machine as it is.")] = "none,1",
+    as_json: bool = JsonOption,
+) -> None:
+    """Bytes, bandwidth each way and overlap of both transports in every dispatch mode, beside gloo's own.
+
+    A limited link needs root: hosts are network namespaces.
+    """
+    with bad_input_exits_2(), tempfile.TemporaryDirectory(prefix="disagmoe-bench-") as scratch:
+        from megatron_disagmoe.benchmarks import transport as benchmark
+
+        rows = benchmark.measure(
+            (out or Path(scratch)) / "logs",
+            sizes=benchmark.parse_sizes(sizes),
+            links=benchmark.parse_links(links),
+            progress=lambda text: err_console.print(text, highlight=False),
+        )
+        result = finish("transport", rows, out)
+        if out is not None:
+            from megatron_disagmoe.benchmarks.transport_picture import draw
+
+            draw(rows, out / "transport.png")
+            result["picture"] = str(out / "transport.png")
+    emit(result, as_json=as_json, render=lambda console: _show_transport(console, rows))
 
 
 def finish(name: str, rows: list[dict[str, Any]], out: Path | None) -> dict[str, Any]:
@@ -59,5 +89,29 @@ def _show_simulator(console: Console, rows: list[dict[str, Any]]) -> None:
             f"{row['compute_actions'] + row['transfers']:,}",
             f"{row['actions_per_second']:,.0f}",
             f"{row['actions_per_second_with_reading']:,.0f}",
+        )
+    console.print(table)
+
+
+def _show_transport(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Both directions busy at once; fewer rows: than per-expert, (expected)")
+    for name in ("transport", "dispatch", "M x N", "Gbit/s limit"):
+        table.add_column(name)
+    for name in ("MB A to F", "MB F to A", "fewer rows", "Gbit/s", "share of link", "loop slows", "overlap"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        link, fewer = row["link_gbit_per_s"], row["fewer_rows"]
+        table.add_row(
+            row["transport"],
+            row["dispatch"] or "-",
+            f"{row['attention_ranks']} x {row['ffn_ranks']}",
+            "none" if link is None else f"{link:g}",
+            f"{row['forward_bytes'] / 1e6:.2f}",
+            f"{row['reverse_bytes'] / 1e6:.2f}",
+            "-" if fewer is None else f"{fewer:.3f} ({row['fewer_rows_expected']:.3f})",
+            f"{row['forward_gbit_per_s']:.2f} {row['reverse_gbit_per_s']:.2f}",
+            "-" if link is None else f"{row['forward_fraction']:.3f} {row['reverse_fraction']:.3f}",
+            f"{row['compute_slowdown']:+.1%}",
+            f"{row['overlap']:.0%}",
         )
     console.print(table)
