@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,25 @@ class ScheduleChoice:
         name: one of ``NAMES``, or the path of a schedule file.
         group_size: ``--af-micro-batch-group-size``, for the interleaved kinds.
         max_live: ``--af-max-live-micro-batches``.
+        redispatch: ``--af-redispatch``.
+        recompute_attention, recompute_ffn: which side ``--af-recompute`` names; builders make room for it.
     """
 
     name: str
     group_size: int | None = None
     max_live: int | None = None
+    redispatch: bool = False
+    recompute_attention: bool = False
+    recompute_ffn: bool = False
+
+    @property
+    def redispatches(self) -> bool:
+        """Whether a step dispatches anything twice.
+
+        Raises:
+            ValueError: where there is a file and it cannot be read.
+        """
+        return self.redispatch or (self.is_file and bool(redispatched(_load(self.name))))
 
     @property
     def is_file(self) -> bool:
@@ -96,11 +111,16 @@ def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int,
     if group_size is None and choice.max_live is None and symmetric:
         # Without measured times one round of the ring, communication counted as stages, is the size to take.
         group_size = 4 * placement.num_attention_groups
+    costs = dataclasses.replace(
+        builders.NOMINAL_COSTS,
+        recompute_attention=float(choice.recompute_attention),
+        recompute_ffn=float(choice.recompute_ffn),
+    )
     return builders.build(
         _FORWARD_ONLY if choice.is_file else choice.name,
         placement,
         num_micro_batches=num_micro_batches,
-        costs=builders.NOMINAL_COSTS,
+        costs=costs,
         group_size=group_size,
         max_live=None if forward_only else choice.max_live,
         forward_only=forward_only,

@@ -114,6 +114,7 @@ def _schedule(args: argparse.Namespace, sizes: Topology) -> list[str]:
     for flag, value in (
         ("--af-micro-batch-group-size", choice.group_size),
         ("--af-max-live-micro-batches", choice.max_live),
+        ("--af-redispatch", choice.redispatch or None),
     ):
         if choice.is_file and value is not None:
             return [f"--af-schedule {choice.name} is a finished schedule, {flag} {value} cannot change it: drop one"]
@@ -121,7 +122,11 @@ def _schedule(args: argparse.Namespace, sizes: Topology) -> list[str]:
         several = f"--af-schedule {choice.name} is for one number of micro-batches, --rampup-batch-size has several: "
         return [several + f"name a schedule ({', '.join(SCHEDULES)}), or drop the ramp-up"]
     try:
-        step_schedule(choice, sizes.placement, _micro_batches(args, sizes), forward_only=False)
+        plan = step_schedule(choice, sizes.placement, _micro_batches(args, sizes), forward_only=False)
     except ValueError as error:
         return [str(error)]
+    if plan.is_split and args.transformer_impl not in ("local", None):
+        impl = f"--transformer-impl {args.transformer_impl}"
+        splits = f"--af-schedule {choice.name} splits backwards, which layers of {impl} cannot do: "
+        return [splits + "add --transformer-impl local, or use interleaved-1f1b"]
     return []

@@ -15,15 +15,16 @@ TRANSPORTS = ("torch", "nixl")
 DISPATCH = ("per-expert", "per-rank", "per-node")
 WIRE_DTYPES = ("same", "bf16", "fp8")
 INITS = ("replay", "local")
+RECOMPUTE = ("none", "attention", "ffn", "both")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag that takes a value.
+    """One flag.
 
     Attributes:
         name: as on the command line.
-        type: of its value; a whole number must be at least 1, any other a positive finite one.
+        type: of its value; a whole number must be at least 1, any other a positive finite one. ``bool``: it takes none.
         default: where neither the command line nor a plan says it; ``None`` means that nothing is set.
         help: for ``--help``.
         choices: the values it takes, all of them.
@@ -64,6 +65,8 @@ FLAGS = (
     ),
     Flag("--af-micro-batch-group-size", int, None, "G (default: from the cost model)"),
     Flag("--af-max-live-micro-batches", int, None, "most activations alive on a group (default: any number)"),
+    Flag("--af-recompute", str, "none", "stages that keep their input alone and run again in backward", RECOMPUTE),
+    Flag("--af-redispatch", bool, False, "FFN ranks keep nothing of a stage; its tokens are sent again for backward"),
     Flag("--af-transport", str, "torch", "what moves tensors between the sides", TRANSPORTS),
     Flag("--af-dispatch", str, "per-rank", "one copy of a token per ... of its experts", DISPATCH),
     Flag("--af-ranks-per-node", int, None, "for per-node and the planner's hand-over (default: LOCAL_WORLD_SIZE)"),
@@ -80,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group(title="AF-pipe", description="attention and experts on disjoint ranks")
     group.add_argument("--af-pipe", action="store_true", help="Put attention and experts on disjoint ranks.")
     for flag in FLAGS:
+        if flag.type is bool:
+            group.add_argument(flag.name, action="store_const", const=True, default=None, help=flag.help)
+            continue
         known = f" [{' | '.join(flag.choices)}]" if flag.choices else ""
         default = f" (default: {flag.default})" if flag.default is not None else ""
         group.add_argument(flag.name, type=flag.type, default=None, help=f"{flag.help}{known}{default}")
@@ -87,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def given(args: argparse.Namespace) -> list[str]:
-    """The AF flags with values that the command line has, before ``settle``."""
+    """The AF flags other than ``--af-pipe`` that the command line has, before ``settle``."""
     return [flag.name for flag in FLAGS if getattr(args, flag.dest) is not None]
 
 

@@ -17,7 +17,14 @@ def layout(args: argparse.Namespace) -> LayerLayout:
 
 def schedule_choice(args: argparse.Namespace) -> ScheduleChoice:
     """Which schedule the flags ask for."""
-    return ScheduleChoice(args.af_schedule, args.af_micro_batch_group_size, args.af_max_live_micro_batches)
+    return ScheduleChoice(
+        args.af_schedule,
+        group_size=args.af_micro_batch_group_size,
+        max_live=args.af_max_live_micro_batches,
+        redispatch=args.af_redispatch,
+        recompute_attention=args.af_recompute in ("attention", "both"),
+        recompute_ffn=args.af_recompute in ("ffn", "both"),
+    )
 
 
 def placement(args: argparse.Namespace) -> Placement:
@@ -62,6 +69,7 @@ def topology(args: argparse.Namespace, world_size: int) -> Topology:
         attention_ranks=args.af_attention_ranks,
         ffn_ranks=args.af_ffn_ranks,
         replicas=replicas,
+        redispatch=schedule_choice(args).redispatches,
     )
 
 

@@ -45,7 +45,8 @@ def _emit_gradients(live: Live, emit: Emit) -> None:
     inputs, live.inputs = live.inputs, None
     assert inputs is not None, "forward has set them"
     for port, messages in inputs.gradients().items():
-        emit(Port(port.edge, True, port.layer), messages)
+        edge = Edge.M2N if port.edge is Edge.AGAIN else port.edge  # one gradient, however often the tokens came
+        emit(Port(edge, True, port.layer), messages)
 
 
 class AttentionWorker:

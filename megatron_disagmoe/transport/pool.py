@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import torch
 
 
 class HostPool:
-    """Hands out uint8 host buffers by exact size and takes them back.
+    """Hands out uint8 host buffers by exact size; each comes back by itself when nothing uses its memory any more.
+
+    That is: when the last tensor that views it is gone, those that autograd has saved included. So whoever gets a
+    message computes on the memory it arrived in, and nobody has to know how long.
 
     Sizes come from message specs, so there are few of them; memory is bounded by the most buffers of each size
     that were ever out at once (live micro-batches). Pages of a buffer that no message reached stay untouched,
@@ -14,13 +20,12 @@ class HostPool:
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[torch.Tensor]] = {}
+        self._free: dict[int, list[np.ndarray]] = {}
 
     def take(self, size: int) -> torch.Tensor:
         """A uint8 buffer ``[size]`` with undefined contents."""
-        free = self._free.get(size)
-        return free.pop() if free else torch.empty(size, dtype=torch.uint8)
-
-    def give(self, buffer: torch.Tensor) -> None:
-        """Take back a buffer that `take` handed out."""
-        self._free.setdefault(buffer.numel(), []).append(buffer)
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else np.empty(size, np.uint8)
+        lent = memory[:]  # lives as long as the tensor's storage does
+        weakref.finalize(lent, free.append, memory)
+        return torch.from_numpy(lent)

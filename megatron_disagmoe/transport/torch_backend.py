@@ -197,14 +197,15 @@ class _Recv(RecvHandle):
             self.message = self.transport._complete(self)
         return self.message
 
+    def take(self) -> Message:
+        """Without a copy: a buffer goes back to the pool when nothing uses its memory (on a device, to torch's)."""
+        message = self.wait()
+        self.release()
+        return message
+
     def release(self) -> None:
-        self.message = self.header_message = None
-        if self.record is not None:
-            self.transport._pool.give(self.record)
-        if not self.transport._exact:
-            for _, buffer in self.bodies.values():
-                self.transport._pool.give(buffer)
-        self.record, self.bodies = None, {}
+        self.message = self.header_message = self.record = self.record_work = None
+        self.bodies = {}
 
 
 class TorchTransport(Transport):
