@@ -13,24 +13,31 @@ from megatron_disagmoe.schedules.orders import Orders
 
 _SLOPES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 _EXTRAS = (0, 1, 2, 3, 4, 6, 8)
+#: Slope, extra and block to begin with; the first is the best where transfers take no longer than stages.
+_STARTS = ((2.0, 3, 1), (4.0, 3, 2), (1.0, 2, 1), (3.0, 4, 1), (5.0, 3, 1))
+_JUSTIFIED = 3
 
 
 def best_order(task: Task, *, group_size: int | None = None) -> Found:
     """The best order found for ``task``; ``group_size`` fixes G."""
     search = Search(task)
-    one_by_one = sequential(
-        task.placement, num_micro_batches=task.num_micro_batches, forward_only=task.forward_only
-    )
-    shapes = []
-    for ring in _rings(task):
-        size = min(task.num_micro_batches, group_size or _trip(task, ring))
-        start = Shape(ring, size, slope=2.0, extra=3)
-        shapes.append(search.descend(start, lambda shape: _moves(task, shape, group_size)))
+    is_even = task.placement.num_attention_groups == task.placement.num_ffn_groups
+    for number, (slope, extra, block) in enumerate(_STARTS):
+        for ring in _rings(task):
+            if not search.is_over:
+                size = min(task.num_micro_batches, group_size or max(4 * ring, _around(task, ring)))
+                start = Shape(ring, size, slope, extra, block)
+                search.descend(start, lambda shape: _moves(task, shape, group_size))
+        if task.forward_only:
+            break
+        if search.best is not None and number == (len(_STARTS) - 1 if is_even else 0):
+            search.justify(search.best, passes=_JUSTIFIED)
     if search.best is None:
+        one_by_one = sequential(
+            task.placement, num_micro_batches=task.num_micro_batches, forward_only=task.forward_only
+        )
         search.consider(Orders.of(one_by_one), {})
     assert search.best is not None, "one micro-batch at a time keeps within every cap that can be kept"
-    if not task.forward_only:
-        search.justify(search.best, passes=4)
     return search.best
 
 
@@ -46,12 +53,12 @@ def _rings(task: Task) -> list[int]:
     return sorted(rings, key=lambda ring: 4 * ring > task.num_micro_batches)
 
 
-def _trip(task: Task, ring: int) -> int:
-    """Micro-batches that a group can take while one goes round the ring, and no fewer than four a group."""
+def _around(task: Task, ring: int) -> int:
+    """Micro-batches that a group can take while one goes round the ring."""
     costs = task.costs
     edges = costs.edge(0) + costs.edge(1)
     busiest = max(costs.attention, costs.ffn, edges / 2)
-    return max(4 * ring, math.ceil(ring * (costs.attention + costs.ffn + edges) / busiest))
+    return math.ceil(ring * (costs.attention + costs.ffn + edges) / busiest)
 
 
 def _moves(task: Task, shape: Shape, group_size: int | None) -> Iterator[list[Shape]]:
@@ -60,9 +67,16 @@ def _moves(task: Task, shape: Shape, group_size: int | None) -> Iterator[list[Sh
         yield [replace(shape, slope=slope) for slope in _SLOPES]
         yield [replace(shape, extra=extra) for extra in _EXTRAS]
     if group_size is None:
-        ring, trip = shape.ring, _trip(task, shape.ring)
-        sizes = {2 * ring, 3 * ring, 4 * ring, trip, trip + 1, shape.group_size - 1, shape.group_size + 1}
-        sizes.add(task.num_micro_batches if task.num_micro_batches <= 2 * trip else trip)
-        yield [replace(shape, group_size=size) for size in sorted(sizes, reverse=True) if size > 0]
+        yield [replace(shape, group_size=size) for size in _sizes(task, shape)]
     if not task.forward_only:
         yield [replace(shape, block=block) for block in (1, 2)]
+
+
+def _sizes(task: Task, shape: Shape) -> list[int]:
+    """Largest groups to try: those of other numbers of groups, and those of two or three times round the ring."""
+    n = task.num_micro_batches
+    count = math.ceil(n / shape.group_size)
+    around = _around(task, shape.ring)
+    sizes = [math.ceil(n / other) for other in (count - 1, count + 1, count - 2, count + 2) if other > 0]
+    sizes += [around, around + 1, around + shape.ring, 3 * shape.ring, 2 * shape.ring]
+    return list(dict.fromkeys(min(size, n) for size in sizes))
