@@ -57,7 +57,6 @@ class AttentionSide:
     kept: Floats
     workspace: float
     tail_workspace: float
-    embedding: float
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ def attention_side(
         kept.append(stage_bytes(model, stage=stage, recompute=sizes.recompute, width=width) * tokens)
     index = np.array(table.alike)
     whole = max(stage_bytes(model, stage=stage, recompute=Recompute.NONE, width=width) for stage in table.like)
-    from_embedding = _operation_times(table.operations[table.alike[0]][0], pool, model, sizes)
     return AttentionSide(
         forward=np.array([each.forward for each in times])[index],
         backward=np.array([each.backward for each in times])[index],
@@ -127,7 +125,6 @@ def attention_side(
         kept=np.array(kept)[index],
         workspace=whole * tokens,
         tail_workspace=logits_bytes(model, width=width) * tokens,
-        embedding=from_embedding.forward,
     )
 
 

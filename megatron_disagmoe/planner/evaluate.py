@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,6 +10,7 @@ import numpy as np
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import DISPATCH_MODES, SCHEDULE_KINDS, Allocation, NodeLayout
 from megatron_disagmoe.planner.arrays import Floats
+from megatron_disagmoe.planner.layered_costs import LayeredCosts
 from megatron_disagmoe.planner.layout import Geometry
 from megatron_disagmoe.planner.links import Links, geometry_of, links_of
 from megatron_disagmoe.planner.live import live_counts
@@ -26,37 +26,6 @@ from megatron_disagmoe.planner.problem import Problem
 from megatron_disagmoe.planner.space import FFN_LEVERS, LAYOUTS, Candidates
 from megatron_disagmoe.planner.synchronise import synchronise_seconds
 from megatron_disagmoe.schedules.actions import Placement
-from megatron_disagmoe.simulator.costs import StageCosts
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayeredCosts(StageCosts):
-    """Stage costs in seconds where the A stages differ: dense layers, sliding windows, the tail.
-
-    ``forward_times``, ``backward_times``, ``weight_times``: of every stage 0 .. 2L (A(i) is 2i, F(i) 2i + 1); backward
-    includes what is run again. The fields of ``StageCosts`` hold the means, for builders that look at nothing else.
-    """
-
-    forward_times: tuple[float, ...]
-    backward_times: tuple[float, ...]
-    weight_times: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for time in (*self.forward_times, *self.backward_times, *self.weight_times):
-            assert math.isfinite(time), "tables hold finite times"
-            assert time >= 0, "tables hold times of 0 or more"
-
-    def forward(self, stage: int, *, num_layers: int) -> float:
-        del num_layers
-        return self.forward_times[stage]
-
-    def input_gradient(self, stage: int, *, num_layers: int) -> float:
-        del num_layers
-        return self.backward_times[stage] - self.weight_times[stage]
-
-    def weight_gradient(self, stage: int, *, num_layers: int) -> float:
-        del num_layers
-        return self.weight_times[stage]
 
 
 @dataclass(frozen=True)
@@ -151,32 +120,35 @@ class Evaluation:
     @cached_property
     def costs(self) -> LayeredCosts:
         """For builders and the event engine, in seconds."""
-        a, layers = self.problem.attention, self.problem.num_layers
-        key = int(self.candidate.cut[0]), int(self.candidate.recompute[0])
+        a, s = self.problem.attention, self.stages
         packing = float(self.links.packing[0])
-        s = self.stages
-
-        def every(attention: Floats, ffn: Floats, extra: float) -> tuple[float, ...]:
-            times = np.full(2 * layers + 1, float(ffn[0]))
-            times[0::2] = attention[key]
-            times[0:-1:2] += extra
-            return tuple(times.tolist())
-
-        forward = every(a.forward, s.ffn, packing)
-        embedding = float(a.embedding[key])
-        return LayeredCosts(
-            attention=(sum(forward[0:-1:2]) - embedding) / layers,
-            ffn=float(s.ffn[0]),
-            transfer=float(self.links.m2n[0]),
-            combine=float(self.links.n2m[0]),
+        return LayeredCosts.of(
+            forward=self._every_stage(a.forward, s.ffn, packing),
+            backward=self._every_stage(a.backward, s.ffn_back, packing),
+            weight=self._every_stage(a.weight, s.ffn_weight, 0.0),
+            again=self.again_times,
+            m2n=float(self.links.m2n[0]),
+            n2m=float(self.links.n2m[0]),
             lane=float(self.links.lane[0]),
-            backward_ratio=float((s.attention_layer_back[0] + s.ffn_back[0]) / (s.attention_layer[0] + s.ffn[0])),
-            tail=forward[-1],
-            embedding=embedding,
-            forward_times=forward,
-            backward_times=every(a.backward, s.ffn_back, packing),
-            weight_times=every(a.weight, s.ffn_weight, 0.0),
         )
+
+    @property
+    def again_times(self) -> tuple[float, ...]:
+        """What of every stage is run again before its backward."""
+        return self._every_stage(self.problem.attention.again, self._ffn_again(), 0.0)
+
+    def _every_stage(self, attention: Floats, ffn: Floats, extra: float) -> tuple[float, ...]:
+        """Of stages 0 .. 2L; ``extra`` on A(i), i < L."""
+        times = np.full(2 * self.problem.num_layers + 1, float(ffn[0]))
+        times[0::2] = attention[int(self.candidate.cut[0]), int(self.candidate.recompute[0])]
+        times[0:-1:2] += extra
+        return tuple(times.tolist())
+
+    def _ffn_again(self) -> Floats:
+        c, f = self.candidate, self.problem.ffn
+        m = np.searchsorted(f.attention_ranks, c.attention_ranks)
+        n = np.searchsorted(f.ffn_ranks, c.ffn_ranks)
+        return f.again[c.ffn_lever, m, n, np.searchsorted(f.cuts, c.expert_tensor_parallel)]
 
 
 def allocation_of(problem: Problem, candidates: Candidates, at: int) -> Allocation:

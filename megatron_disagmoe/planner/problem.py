@@ -119,10 +119,10 @@ class Depths:
 class AttentionTables:
     """Seconds and bytes on an attention GPU.
 
-    ``forward``, ``backward``, ``weight``: [c, r, L + 1], by stage; ``forward_before`` etc.: [c, r, L + 2], summed over
-    the stages before. ``group_work``: [c, r, p, K], a micro-batch's work on the groups of ``depths``. ``kept_first``,
-    ``kept_tail``: [c, r, p], bytes a micro-batch's layer keeps on group 0 and on the tail's group (mean over theirs);
-    ``parameters_first``, ``parameters_tail``: [c, p]. ``workspace``: [c, r]; ``tail_workspace``: [c].
+    ``forward``, ``backward``, ``weight``, ``again``: [c, r, L + 1], by stage; ``forward_before`` etc.: [c, r, L + 2],
+    summed over the stages before. ``group_work``: [c, r, p, K], a micro-batch's work on the groups of ``depths``.
+    ``kept_first``, ``kept_tail``: [c, r, p], bytes a micro-batch's layer keeps on group 0 and on the tail's group (mean
+    over theirs); ``parameters_first``, ``parameters_tail``: [c, p]. ``workspace``: [c, r]; ``tail_workspace``: [c].
     """
 
     cuts: tuple[tuple[int, int], ...]
@@ -130,6 +130,7 @@ class AttentionTables:
     forward: Floats
     backward: Floats
     weight: Floats
+    again: Floats
     forward_before: Floats
     backward_before: Floats
     inputs_before: Floats
@@ -142,7 +143,6 @@ class AttentionTables:
     parameters_most: Floats
     workspace: Floats
     tail_workspace: Floats
-    embedding: Floats
 
     @property
     def gpus_per_rank(self) -> Ints:
@@ -192,6 +192,7 @@ class AttentionTables:
             forward=forward,
             backward=backward,
             weight=weight,
+            again=stack("again"),
             forward_before=_before(forward),
             backward_before=_before(backward),
             inputs_before=_before(backward - weight),
@@ -204,7 +205,6 @@ class AttentionTables:
             parameters_most=np.array([[each.max() for each in row] for row in parameters]),
             workspace=stack("workspace"),
             tail_workspace=stack("tail_workspace")[:, 0],
-            embedding=stack("embedding"),
         )
 
 
@@ -273,6 +273,9 @@ def _busiest(work: Floats, layers: int) -> Depths:
     return Depths(busiest=busiest, layers=(layers - 1 - busiest) // depth + 1)
 
 
+_FFN_COLUMNS = ("forward", "backward", "weight", "again", "kept", "workspace")
+
+
 @dataclass(frozen=True)
 class FfnTables:
     """Seconds and bytes on an FFN GPU: [lever, M, N, ETP].
@@ -287,6 +290,7 @@ class FfnTables:
     forward: Floats
     backward: Floats
     weight: Floats
+    again: Floats
     kept: Floats
     workspace: Floats
 
@@ -300,7 +304,7 @@ class FfnTables:
         fits = [e for e in divisors(node) if moe.num_experts and problem.model.moe.ffn_hidden_size % e == 0]
         cuts = _chosen(fits, space.expert_tensor_parallel, "expert_tensor_parallel")
         rows = job.tokens_per_rank * moe.top_k * m[:, None] / n[None, :] * job.imbalance
-        columns: dict[str, list[Floats]] = {name: [] for name in ("forward", "backward", "weight", "kept", "workspace")}
+        columns: dict[str, list[Floats]] = {name: [] for name in _FFN_COLUMNS}
         for recompute, again in FFN_LEVERS:
             sides = [
                 ffn_side(

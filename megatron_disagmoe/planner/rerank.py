@@ -1,6 +1,6 @@
 """The best candidates again, exactly: schedules built and run by the event engine, their live activations counted.
 
-Each is built as the search chose it; where its live activations do not fit the memory after all, with a cap on them.
+Builders get the number of live activations that memory allows as a cap, and choose G themselves.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from megatron_disagmoe.simulator.simulate import simulate_orders
 class Ranked:
     """An allocation with its schedule. Seconds; ``attention``, ``ffn``: memory of the fullest GPUs at its live counts.
 
-    ``max_live``: the cap that the schedule was built under, None where it needed none.
+    ``group_size``, ``max_live``: what the schedule's builder was given, None where it was free.
     """
 
     evaluation: Evaluation
     schedule: Schedule
+    group_size: int | None
     max_live: int | None
     peak_live: dict[Group, int]
     pipeline_seconds: float
@@ -39,8 +40,8 @@ class Ranked:
         return self.pipeline_seconds + self.evaluation.synchronise_seconds
 
     @property
-    def group_size(self) -> int | None:
-        """The G it was built with; None for kinds without."""
+    def built_with(self) -> int | None:
+        """The G that the builder chose; None for kinds without."""
         size = self.schedule.parameters.get("group_size")
         return size if isinstance(size, int) else None
 
@@ -82,20 +83,27 @@ def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:
 
 
 def rank(evaluation: Evaluation, kind: ScheduleKind) -> Ranked | None:
-    """The allocation with a schedule of this kind that fits its memory; None where none does."""
-    allocation = replace(evaluation.allocation, schedule=kind)
-    evaluation = evaluate(evaluation.problem, allocation)
-    try:
-        first = _built(evaluation, group_size=allocation.group_size, max_live=None)
-        if _fits(first):
-            return first
-        cap = live_cap(evaluation)
-        if cap < builders.least_live(evaluation.placement):
-            return None
-        capped = _built(evaluation, group_size=None, max_live=cap)
-    except ValueError:  # no order of this kind exists for these sizes
+    """The allocation with the best schedule of this kind that fits its memory; None where none does."""
+    evaluation = evaluate(evaluation.problem, replace(evaluation.allocation, schedule=kind))
+    cap: int | None = live_cap(evaluation)
+    assert cap is not None, "it is a count"
+    if cap < builders.least_live(evaluation.placement):
         return None
-    return capped if _fits(capped) else None
+    a = evaluation.allocation
+    most = -(-evaluation.problem.num_layers // min(a.attention_groups, a.ffn_groups)) + 1
+    if cap >= most * evaluation.num_micro_batches:
+        cap = None  # never reached
+    ranked = ranked_as_planned(evaluation, group_size=None, max_live=cap)
+    return ranked if _fits(ranked) else None
+
+
+def ranked_as_planned(evaluation: Evaluation, *, group_size: int | None, max_live: int | None) -> Ranked:
+    """The allocation with the schedule that a plan names, whether it fits or not.
+
+    Raises:
+        ValueError: there is no such schedule.
+    """
+    return _built(evaluation, group_size=group_size, max_live=max_live)
 
 
 def live_cap(evaluation: Evaluation) -> int:
@@ -108,24 +116,25 @@ def live_cap(evaluation: Evaluation) -> int:
 
 def _built(evaluation: Evaluation, *, group_size: int | None, max_live: int | None) -> Ranked:
     kind = evaluation.allocation.schedule
-    costs, n = evaluation.costs, evaluation.num_micro_batches
+    n = evaluation.num_micro_batches
     schedule = builders.build(
         kind,
         evaluation.placement,
         num_micro_batches=n,
-        costs=costs,
+        costs=evaluation.costs,
         group_size=None if kind == "sequential" else group_size,
         max_live=max_live,
     )
     live = peak_live(schedule)
     tail = schedule.placement.tail_group
-    run = simulate_orders(Orders.of(schedule), costs)
+    run = simulate_orders(Orders.of(schedule), evaluation.costs)
     most_a = max(count for group, count in live.items() if group.side is Side.A)
     most_f = max(count for group, count in live.items() if group.side is Side.F)
     sides = (evaluation.attention_first.with_live(most_a), evaluation.attention_tail.with_live(live[tail]))
     return Ranked(
         evaluation=evaluation,
         schedule=schedule,
+        group_size=group_size,
         max_live=max_live,
         peak_live=live,
         pipeline_seconds=run.makespan,

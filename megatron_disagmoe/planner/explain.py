@@ -1,0 +1,121 @@
+"""Why a plan is as it is: what binds each side, and what each lever that is on is good for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_disagmoe.planner.activations import Recompute
+from megatron_disagmoe.planner.evaluate import Evaluation
+from megatron_disagmoe.planner.planning import LevelSearch, Request, best_analytic
+from megatron_disagmoe.planner.rerank import Ranked
+from megatron_disagmoe.planner.states import StateBytes
+
+
+@dataclass(frozen=True)
+class Use:
+    """How long the busiest group of a side uses a resource in a step."""
+
+    side: str
+    resource: str
+    seconds: float
+    share: float
+
+
+def uses(ranked: Ranked) -> list[Use]:
+    """Compute and ports of both sides, the most used first."""
+    e = ranked.evaluation
+    a, problem, n = e.allocation, e.problem, e.num_micro_batches
+    layers = problem.num_layers
+    held_a, held_f = -(-layers // a.attention_groups), -(-layers // a.ffn_groups)
+    m2n, n2m, lane = (float(each[0]) for each in (e.links.m2n, e.links.n2m, e.links.lane))
+    again = m2n * a.redispatch
+    stages = [f + b for f, b in zip(e.costs.forward_times[::2], e.costs.backward_times[::2], strict=True)]
+    compute_a = max(sum(stages[g :: a.attention_groups]) for g in range(a.attention_groups))
+    compute_f = held_f * (e.costs.forward_times[1] + e.costs.backward_times[1])
+    busy = [
+        ("attention", "compute", compute_a),
+        ("attention", "sending", held_a * (m2n + n2m + 2 * lane + again)),
+        ("attention", "receiving", held_a * (m2n + n2m + 2 * lane)),
+        ("ffn", "compute", compute_f),
+        ("ffn", "sending", held_f * (m2n + n2m)),
+        ("ffn", "receiving", held_f * (m2n + n2m + again)),
+    ]
+    step = ranked.step_seconds
+    found = [Use(side, resource, n * seconds, n * seconds / step) for side, resource, seconds in busy]
+    return sorted(found, key=lambda use: -use.seconds)
+
+
+def binding(ranked: Ranked) -> str:
+    """What binds, in a sentence."""
+    most = uses(ranked)
+    first = {side: next(use for use in most if use.side == side) for side in ("attention", "ffn")}
+    parts = [f"{use.side}: {use.resource}, busy {use.share:.0%} of the step" for use in first.values()]
+    return "; ".join(parts)
+
+
+def reasons(ranked: Ranked, request: Request) -> list[str]:
+    """For each lever that is on, what the best plan without it would take."""
+    return [_reason(what, ranked, request, without) for what, without in _without(ranked.evaluation, request)]
+
+
+def _without(e: Evaluation, request: Request) -> Iterator[tuple[str, Request]]:
+    a, space = e.allocation, request.space
+    if a.tensor_parallel * a.context_parallel > 1:
+        less = replace(space, tensor_parallel=(1,), context_parallel=(1,))
+        cut = f"TP {a.tensor_parallel} x CP {a.context_parallel} on the attention side"
+        yield cut, replace(request, space=less)
+    if a.expert_tensor_parallel > 1:
+        less = replace(space, expert_tensor_parallel=(1,))
+        yield f"ETP {a.expert_tensor_parallel}", replace(request, space=less)
+    if a.recompute_attention is not Recompute.NONE:
+        less = replace(space, recompute_attention=(Recompute.NONE,))
+        yield f"{a.recompute_attention.label} recomputation on the attention side", replace(request, space=less)
+    if a.redispatch:
+        kept = tuple(lever for lever in space.ffn_levers if not lever[1])
+        if kept:
+            yield "dispatching again for backward", replace(request, space=replace(space, ffn_levers=kept))
+    if a.recompute_ffn is not Recompute.NONE:
+        kept = tuple(lever for lever in space.ffn_levers if lever[0] is Recompute.NONE) or ((Recompute.NONE, False),)
+        less = replace(space, ffn_levers=kept)
+        yield f"{a.recompute_ffn.label} recomputation on the FFN side", replace(request, space=less)
+    if a.attention_groups != a.ffn_groups:
+        yield f"{a.attention_groups} attention to {a.ffn_groups} FFN groups", replace(
+            request, space=replace(space, asymmetric=False)
+        )
+    copies = a.attention_ranks * a.replicas * a.context_parallel
+    if space.distributed_optimizer and copies > 1:
+        less = replace(space, distributed_optimizer=False)
+        yield "the distributed optimizer", replace(request, space=less)
+    exact = request.levels()[0]
+    if e.problem.state.total < exact.total:
+        more = replace(space, bytes_per_parameter=tuple(_more_exact(request, e.problem.state)))
+        yield f"{e.problem.state.total} bytes a parameter ({e.problem.state.why})", replace(request, space=more)
+
+
+def _more_exact(request: Request, state: StateBytes) -> list[int]:
+    return [level.total for level in request.levels() if level.total > state.total]
+
+
+def _reason(what: str, ranked: Ranked, request: Request, without: Request) -> str:
+    # Compared with the same analytic time, and at the same bytes per parameter where those are not the question.
+    space = without.space
+    if space.bytes_per_parameter == request.space.bytes_per_parameter and ranked.evaluation.problem.state is not None:
+        total = ranked.evaluation.problem.state.total
+        without = replace(without, space=replace(space, bytes_per_parameter=(total,)))
+    here = ranked.evaluation.step_seconds
+    try:
+        other = best_analytic(without)
+    except ValueError:
+        other = None
+    if other is None or not np.isfinite(other.seconds):
+        return f"{what}: without it nothing fits"
+    change = other.seconds / here - 1
+    if change < 0.005:
+        return f"{what}: costs nothing here; without it {other.seconds:.4g} s"
+    return f"{what}: the best plan without it takes {other.seconds:.4g} s ({change:+.0%})"
+
+
+__all__ = ["LevelSearch", "Use", "binding", "reasons", "uses"]
