@@ -10,7 +10,7 @@ from megatron_disagmoe.builders.search import Task
 from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.builders.strategies import best_order
 from megatron_disagmoe.schedules.actions import Placement, Schedule
-from megatron_disagmoe.schedules.orders import group_of_stage
+from megatron_disagmoe.schedules.orders import group_of_stage, in_micro_batch_order
 from megatron_disagmoe.simulator.costs import StageCosts
 
 KINDS = ("interleaved-1f1b", "split-backward", "sequential")
@@ -68,7 +68,7 @@ def build(
         max_live=max_live,
     )
     found = best_order(task, group_size=group_size)
-    return found.orders.schedule({**parameters, **found.made_by})
+    return in_micro_batch_order(found.orders).schedule({**parameters, **found.made_by})
 
 
 def least_live(placement: Placement, *, forward_only: bool = False) -> int:

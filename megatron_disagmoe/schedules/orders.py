@@ -5,6 +5,7 @@ Stages are numbered along the model: A(i) is 2i, F(i) is 2i + 1, the tail is 2L.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,22 @@ class Orders:
             },
             parameters=parameters,
         )
+
+
+def in_micro_batch_order(orders: Orders) -> Orders:
+    """The same slots, with every stage running its micro-batches in order, forward and backward.
+
+    Micro-batches are alike, so a builder may hand them out as it likes; but gradients are summed in the order of the
+    backwards, and one order everywhere makes every schedule give the same bits. Nothing waits longer for it: where
+    every micro-batch comes to a stage after the stage before, the k-th of the one comes after the k-th of the other.
+
+    ``orders`` has no ``D``, and a stage's backwards are all whole or all split.
+    """
+    assert not (orders.kind == D).any(), "a repeated dispatch belongs to one micro-batch"
+    micro_batch = orders.micro_batch.copy()
+    slots = np.lexsort((np.arange(len(orders)), orders.stage, orders.kind))
+    micro_batch[slots] = orders.micro_batch[np.lexsort((orders.micro_batch, orders.stage, orders.kind))]
+    return dataclasses.replace(orders, micro_batch=micro_batch)
 
 
 def sorted_orders(
