@@ -21,76 +21,31 @@ that is ``fill``. They are less than that where
 - a receiving port takes gradients in the last ``f``: each one's backward is computed by its group afterwards.
 
 Each is a knapsack (most work done, for the neighbour's time), relaxed to fractions.
+
+``cap``    With at most ``max_live`` activations alive on a group: the largest of ``phase``, of what follows from how
+long an activation must live (``live_bound``), and of ``phase`` with two more limits. Before ``b`` nothing is freed (or
+only stages whose backward takes no time: they are left out), so a group computes at most ``max_live`` forwards and
+sends what they made. What it computes in the last ``f`` frees activations that were alive when they began, at most
+``max_live``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
-from megatron_disagmoe.schedules.actions import Placement, Schedule
-from megatron_disagmoe.schedules.orders import D, I, Orders, group_of_stage
+from megatron_disagmoe.schedules.actions import Schedule
+from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.costs import StageCosts
+from megatron_disagmoe.simulator.live_bound import live_bound
+from megatron_disagmoe.simulator.workload import Paths, Workload
+
+__all__ = ["Bounds", "Paths", "Workload", "busy_bound", "fill_bound", "lower_bounds"]
 
 #: Differences below this share are taken for rounding errors.
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is to be done, in no order.
-
-    ``split``: for every stage (A(i) is 2i, F(i) is 2i + 1) how many micro-batches have their backward as I and W.
-    ``again``: for every layer how many micro-batches are dispatched a second time.
-    """
-
-    placement: Placement
-    costs: StageCosts
-    num_micro_batches: int
-    forward_only: bool
-    split: tuple[int, ...]
-    again: tuple[int, ...]
-
-    @classmethod
-    def uniform(
-        cls,
-        placement: Placement,
-        costs: StageCosts,
-        *,
-        num_micro_batches: int,
-        forward_only: bool = False,
-        split_backward: bool = False,
-        redispatch: bool = False,
-    ) -> Workload:
-        """All micro-batches alike."""
-        layers = placement.num_layers
-        return cls(
-            placement=placement,
-            costs=costs,
-            num_micro_batches=num_micro_batches,
-            forward_only=forward_only,
-            split=(num_micro_batches * (split_backward and not forward_only),) * (2 * layers + 1),
-            again=(num_micro_batches * (redispatch and not forward_only),) * layers,
-        )
-
-    @classmethod
-    def of(cls, schedule: Schedule | Orders, costs: StageCosts) -> Workload:
-        """What ``schedule`` does."""
-        orders = Orders.of(schedule) if isinstance(schedule, Schedule) else schedule
-        last = 2 * orders.placement.num_layers
-        split = np.bincount(orders.stage[orders.kind == I], minlength=last + 1)
-        again = np.bincount(orders.stage[orders.kind == D] >> 1, minlength=last // 2)
-        return cls(
-            placement=orders.placement,
-            costs=costs,
-            num_micro_batches=orders.num_micro_batches,
-            forward_only=orders.forward_only,
-            split=tuple(split.tolist()),
-            again=tuple(again.tolist()),
-        )
 
 
 @dataclass(frozen=True)
@@ -100,16 +55,29 @@ class Bounds:
     busy: float
     fill: float
     phase: float
+    cap: float
 
 
-def lower_bounds(workload: Workload) -> Bounds:
-    """Every bound on ``workload``."""
-    stations = _stations(workload)
+def lower_bounds(workload: Workload, *, max_live: int | None = None) -> Bounds:
+    """Every bound on ``workload``.
+
+    Args:
+        max_live: cap on the activations alive on a group; without one ``cap`` is ``phase``.
+
+    Raises:
+        ValueError: where no order keeps within ``max_live``.
+    """
+    paths, stations = Paths(workload), _stations(workload)
     resources = [resource for station in stations for resource in station.resources if resource.items]
+    phase = max(paths.whole, *(station.phase() for station in stations))
+    capped = phase
+    if max_live is not None and not workload.forward_only:
+        capped = max(phase, live_bound(paths, max_live), *(station.phase(max_live) for station in stations))
     return Bounds(
         busy=max(resource.work for resource in resources),
         fill=max(resource.fill for resource in resources),
-        phase=max(Paths(workload).whole, *(station.phase() for station in stations)),
+        phase=phase,
+        cap=capped,
     )
 
 
@@ -123,92 +91,6 @@ def fill_bound(schedule: Schedule | Orders, costs: StageCosts) -> float:
     return lower_bounds(Workload.of(schedule, costs)).fill
 
 
-class Paths:
-    """Longest paths of one micro-batch alone in the machine, to and from the actions of every stage.
-
-    ``forward``, ``backward``: time of F, and of B or I. ``weights``: time of W, 0 where B contains it.
-    ``forward_start``, ``backward_start``: earliest start. ``after_forward``, ``after_backward``: least time from an
-    action's end to the end of the step. Where only some micro-batches have their backward split, the shorter holds.
-    """
-
-    def __init__(self, workload: Workload) -> None:
-        costs, layers = workload.costs, workload.placement.num_layers
-        self.workload = workload
-        self.groups = group_of_stage(workload.placement).tolist()
-        self.last = last = 2 * layers
-        stages = range(last + 1)
-        self.forward = [costs.forward(stage, num_layers=layers) for stage in stages]
-        self.inputs = [costs.input_gradient(stage, num_layers=layers) for stage in stages]
-        self.weights = [costs.weight_gradient(stage, num_layers=layers) for stage in stages]
-        self.backward = [
-            i if split else i + w for i, w, split in zip(self.inputs, self.weights, workload.split, strict=True)
-        ]
-        self.edge = [costs.edge(edge) for edge in range(last)]
-        self.lane = [  # by the stage it leaves in forward; 0 where it is no transfer
-            costs.lane if stage % 2 == 0 and stage < last and self.groups[stage] != self.groups[stage + 2] else 0.0
-            for stage in stages
-        ]
-        self._forward_start()
-        self._after()
-
-    def _forward_start(self) -> None:
-        last = self.last
-        self.forward_start = [0.0] * (last + 1)
-        self.backward_start = [0.0] * (last + 1)
-        for stage in range(1, last + 1):
-            start = self.forward_start[stage - 1] + self.forward[stage - 1] + self.edge[stage - 1]
-            if stage % 2 == 0:
-                start = max(start, self.forward_start[stage - 2] + self.forward[stage - 2] + self.lane[stage - 2])
-            self.forward_start[stage] = start
-        self.backward_start[last] = self.forward_start[last] + self.forward[last]
-        for stage in range(last - 1, -1, -1):
-            start = self.backward_start[stage + 1] + self.backward[stage + 1] + self.edge[stage]
-            if stage % 2 == 0:
-                start = max(start, self.backward_start[stage + 2] + self.backward[stage + 2] + self.lane[stage])
-            self.backward_start[stage] = start
-
-    def _after(self) -> None:
-        last, workload = self.last, self.workload
-        self.after_forward = [0.0] * (last + 1)
-        self.after_backward = [0.0] * (last + 1)
-        for stage in range(last + 1):
-            # W follows where every micro-batch has one
-            after = self.weights[stage] if workload.split[stage] == workload.num_micro_batches else 0.0
-            if stage > 0:
-                after = max(after, self.edge[stage - 1] + self.backward[stage - 1] + self.after_backward[stage - 1])
-            if stage > 0 and stage % 2 == 0:
-                lane = self.lane[stage - 2] + self.backward[stage - 2] + self.after_backward[stage - 2]
-                after = max(after, lane)
-            self.after_backward[stage] = after
-        if not workload.forward_only:
-            self.after_forward[last] = self.backward[last] + self.after_backward[last]
-        for stage in range(last - 1, -1, -1):
-            after = self.edge[stage] + self.forward[stage + 1] + self.after_forward[stage + 1]
-            if stage % 2 == 0:
-                after = max(after, self.lane[stage] + self.forward[stage + 2] + self.after_forward[stage + 2])
-            self.after_forward[stage] = after
-
-    def next_stages(self, stage: int) -> Iterator[tuple[int, float]]:
-        """Where ``stage`` sends to in forward, and gets gradients from, with the time of the transfer."""
-        if stage < self.last:
-            yield stage + 1, self.edge[stage]
-            if self.lane[stage] > 0:
-                yield stage + 2, self.lane[stage]
-
-    def sent(self, stage: int) -> float:
-        """Time on the sending port for what ``stage`` sends forward; its gradients take as long to come."""
-        return sum(time for _, time in self.next_stages(stage))
-
-    def received(self, stage: int) -> float:
-        """Time on the receiving port for what ``stage`` needs in forward; its gradients take as long to go."""
-        return (self.edge[stage - 1] if stage else 0.0) + (self.lane[stage - 2] if stage >= 2 else 0.0)
-
-    @property
-    def whole(self) -> float:
-        """A step of one micro-batch."""
-        return self.forward[0] + self.after_forward[0]
-
-
 class _Item(NamedTuple):
     """Work of one kind on one resource: ``number`` times ``time``."""
 
@@ -220,11 +102,19 @@ class _Item(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """Up to ``number`` times ``work`` on a resource, each of which costs a neighbour ``price``."""
+    """Up to ``number`` times ``work`` on a resource, each of which costs ``price`` of something that is limited."""
 
     work: float
     price: float
     number: int
+
+
+class _Kept(NamedTuple):
+    """``number`` times ``work``, each on an activation that lives ``until`` then at least."""
+
+    work: float
+    number: int
+    until: float
 
 
 @dataclass
@@ -232,12 +122,15 @@ class _Resource:
     """What one resource has to do.
 
     ``first``: its forward work by what that costs the neighbour that feeds it, ``final``: its backward work by what it
-    costs the neighbour that it feeds; empty where no neighbour counts.
+    costs the neighbour that it feeds; ``first_live`` and ``final_live``: the same work by the activations it needs.
+    Empty where there is no such limit.
     """
 
     items: list[_Item] = field(default_factory=list)
     first: list[_Load] = field(default_factory=list)
     final: list[_Load] = field(default_factory=list)
+    first_live: list[_Kept] = field(default_factory=list)
+    final_live: list[_Kept] = field(default_factory=list)
 
     def add(self, time: float, number: int, earliest: float, after: float, *, is_forward: bool) -> None:
         """Note work, if there is any."""
@@ -273,7 +166,7 @@ class _Station:
     def resources(self) -> tuple[_Resource, ...]:
         return self.compute, self.sending, self.receiving
 
-    def phase(self) -> float:
+    def phase(self, max_live: int | None = None) -> float:
         """The largest phase bound of the three."""
         gradients_sent = [item.after for item in self.sending.items if not item.is_forward]
         return max(
@@ -281,13 +174,17 @@ class _Station:
                 self.compute,
                 first_start=self.receiving.earliest,
                 final_after=min(gradients_sent, default=0.0),
+                max_live=max_live,
             ),
-            _phase(self.sending, first_start=self.compute.earliest),
+            _phase(self.sending, first_start=self.compute.earliest, max_live=max_live),
+            # what it receives at the end may be for forwards that are still to run, so no cap holds there
             _phase(self.receiving, final_after=self.compute.after),
         )
 
 
-def _phase(resource: _Resource, *, first_start: float = 0.0, final_after: float = 0.0) -> float:
+def _phase(
+    resource: _Resource, *, first_start: float = 0.0, final_after: float = 0.0, max_live: int | None = None
+) -> float:
     """The phase bound; ``first_start`` and ``final_after`` say when the neighbours can begin and must be done."""
     forward = [item for item in resource.items if item.is_forward]
     backward = [item for item in resource.items if not item.is_forward]
@@ -300,6 +197,10 @@ def _phase(resource: _Resource, *, first_start: float = 0.0, final_after: float 
         head = min(head, _most(resource.first, before - first_start))
     if resource.final:
         tail = min(tail, _most(resource.final, after - final_after))
+    if max_live is not None and resource.first_live:
+        head = min(head, _most_alive(resource.first_live, before, max_live))
+    if max_live is not None and resource.final_live:
+        tail = min(tail, _most_alive(resource.final_live, 0.0, max_live))
     rest = resource.work - max(head, 0.0) - max(tail, 0.0)
     # where all work fits into both phases they may overlap; a rounding error is no rest
     return max(resource.fill, before + rest + after) if rest > _ROUNDING * resource.work else resource.fill
@@ -317,6 +218,11 @@ def _most(loads: Sequence[_Load], budget: float) -> float:
     return done
 
 
+def _most_alive(kept: Sequence[_Kept], moment: float, max_live: int) -> float:
+    """The most work on activations of which ``max_live`` may be alive at ``moment``."""
+    return _most([_Load(work, float(until >= moment), number) for work, number, until in kept], max_live)
+
+
 def _stations(workload: Workload) -> list[_Station]:
     """Every group with everything it has to do."""
     paths = Paths(workload)
@@ -329,25 +235,34 @@ def _stations(workload: Workload) -> list[_Station]:
     return stations
 
 
+def _loads(work: float, price: float, number: int) -> list[_Load]:
+    return [_Load(work, price, number)] if work > 0 and number > 0 else []
+
+
+def _kept(workload: Workload, paths: Paths, stage: int, work: float) -> list[_Kept]:
+    """``work`` for every micro-batch of a stage; what is dispatched again keeps no activation alive."""
+    n, dropped = workload.num_micro_batches, workload.dropped(stage)
+    until = paths.backward_start[stage] + paths.backward[stage]
+    parts = ((n - dropped, until), (dropped, -math.inf))
+    return [_Kept(work, number, until) for number, until in parts if work > 0 and number > 0]
+
+
 def _add_compute(workload: Workload, paths: Paths, stage: int, compute: _Resource) -> None:
     n, split = workload.num_micro_batches, workload.split[stage]
-    compute.add(paths.forward[stage], n, paths.forward_start[stage], paths.after_forward[stage], is_forward=True)
-    arrives = paths.received(stage)
-    if paths.forward[stage] > 0:
-        compute.first.append(_Load(paths.forward[stage], arrives, n))
-    if workload.forward_only or paths.forward[stage] == 0:
+    forward, arrives = paths.forward[stage], paths.received(stage)
+    compute.add(forward, n, paths.forward_start[stage], paths.after_forward[stage], is_forward=True)
+    compute.first += _loads(forward, arrives, n)
+    compute.first_live += _kept(workload, paths, stage, forward)
+    if workload.forward_only:
         return
     inputs, weights, start = paths.inputs[stage], paths.weights[stage], paths.backward_start[stage]
     compute.add(inputs + weights, n - split, start, paths.after_backward[stage], is_forward=False)
     compute.add(inputs, split, start, paths.after_backward[stage], is_forward=False)
     compute.add(weights, split, start + inputs, 0.0, is_forward=False)
-    for work, price, number in (
-        (inputs + weights, arrives, n - split),
-        (inputs, arrives, split),
-        (weights, 0.0, split),
-    ):
-        if work > 0 and number > 0:
-            compute.final.append(_Load(work, price, number))
+    # the gradients leave after B, or after I; W is free
+    compute.final += _loads(inputs + weights, arrives, n - split)
+    compute.final += _loads(inputs, arrives, split) + _loads(weights, 0.0, split)
+    compute.final_live += _kept(workload, paths, stage, inputs + weights)
 
 
 def _add_forward_messages(workload: Workload, paths: Paths, stage: int, stations: Sequence[_Station]) -> None:
@@ -360,8 +275,8 @@ def _add_forward_messages(workload: Workload, paths: Paths, stage: int, stations
         for port in (sender, receiver):
             port.add(time, n, made, after, is_forward=True)
     sent = paths.sent(stage)
-    if sent > 0:
-        sender.first.append(_Load(sent, paths.forward[stage], n))
+    sender.first += _loads(sent, paths.forward[stage], n)
+    sender.first_live += _kept(workload, paths, stage, sent)
     again = workload.again[stage // 2] if stage % 2 == 0 and stage < paths.last else 0
     if again and paths.edge[stage] > 0:
         receiver = stations[paths.groups[stage + 1]].receiving
@@ -369,8 +284,9 @@ def _add_forward_messages(workload: Workload, paths: Paths, stage: int, stations
         # it leaves in the first phase if it likes, and arrives for a backward
         sender.add(paths.edge[stage], again, made, after, is_forward=True)
         receiver.add(paths.edge[stage], again, made, after, is_forward=False)
-        sender.first.append(_Load(paths.edge[stage], 0.0, again))
-        receiver.final.append(_Load(paths.edge[stage], 0.0, again))
+        sender.first += _loads(paths.edge[stage], 0.0, again)
+        sender.first_live += _loads(paths.edge[stage], 0.0, again)
+        receiver.final += _loads(paths.edge[stage], 0.0, again)
 
 
 def _add_gradients(workload: Workload, paths: Paths, stage: int, stations: Sequence[_Station]) -> None:
@@ -382,5 +298,4 @@ def _add_gradients(workload: Workload, paths: Paths, stage: int, stations: Seque
         after = paths.backward[stage] + paths.after_backward[stage]
         for port in (sender, receiver):
             port.add(time, n, made, after, is_forward=False)
-    if paths.sent(stage) > 0:
-        receiver.final.append(_Load(paths.sent(stage), paths.inputs[stage] + paths.weights[stage], n))
+    receiver.final += _loads(paths.sent(stage), paths.inputs[stage] + paths.weights[stage], n)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_disagmoe import builders
 from megatron_disagmoe.schedules.actions import Placement, Schedule
+from megatron_disagmoe.schedules.liveness import peak_live
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.bounds import Workload, busy_bound, fill_bound, lower_bounds
 from megatron_disagmoe.simulator.costs import StageCosts
@@ -90,9 +91,11 @@ def test_first_phase_binds_where_the_network_does() -> None:
 
 
 def check(orders: Orders, costs: StageCosts) -> None:
-    bounds = lower_bounds(Workload.of(orders, costs))
-    assert bounds.busy <= bounds.fill <= bounds.phase
-    assert bounds.phase <= simulate_orders(orders, costs).makespan * (1 + 1e-9)
+    """Every bound, and that of the cap which the order just keeps."""
+    live = max(peak_live(orders.schedule({})).values())
+    bounds = lower_bounds(Workload.of(orders, costs), max_live=live)
+    assert bounds.busy <= bounds.fill <= bounds.phase <= bounds.cap
+    assert bounds.cap <= simulate_orders(orders, costs).makespan * (1 + 1e-9)
 
 
 @settings(deadline=None)
