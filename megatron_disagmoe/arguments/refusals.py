@@ -162,6 +162,7 @@ _CHECKPOINTS = (
         and not args.dist_ckpt_optim_fully_reshardable,
         "add --dist-ckpt-optim-fully-reshardable",
     ),
+    _set("--async-save", "the ranks save together and wait: drop it"),
     _other_than("--non-persistent-ckpt-type", None, "global", remedy="leave it at global"),
 )
 
