@@ -70,7 +70,8 @@ def forward_backward(
         pipe.tied.add_up()
         step.finalize_gradients(force_all_reduce=force_all_reduce)
         pipe.traffic.end(get_args().curr_iteration + 1)
-    pipe.executor.recorder.step(get_args().curr_iteration, start, time.perf_counter_ns())
+    args = get_args()  # curr_iteration is set by training, not by --skip-train
+    pipe.executor.recorder.step(getattr(args, "curr_iteration", args.iteration), start, time.perf_counter_ns())
     if timers is not None:
         timers("forward-backward").stop()
     return step.reports()
