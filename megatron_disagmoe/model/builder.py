@@ -3,7 +3,8 @@
 ``--af-init replay``: every rank runs vanilla's constructors with vanilla's seeds, layer by layer, keeps its own
 part and drops the rest at once, so a rank never holds more than its own half, one whole layer and the embedding.
 Vanilla's expert weights depend on the expert-parallel rank that draws them, so an FFN rank replays once for each
-vanilla expert-parallel rank whose experts it holds. ``--af-init local``: each rank draws only what it holds.
+vanilla expert-parallel rank whose experts it holds. ``--af-init local``: each rank builds its own layers only, and of
+those the experts only where it keeps them (an attention rank builds one, to have Megatron's layer whole).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron.training import get_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_disagmoe import megatron_seams, parallel_state
-from megatron_disagmoe.model.halves import AttentionHalfLayer, ExpertHalfLayer, ForeignLayer
+from megatron_disagmoe.model.halves import AttentionHalfLayer, ExpertHalfLayer, ForeignLayer, SkippedLayer
 from megatron_disagmoe.model_layers import LayerLayout, moe_pattern
 from megatron_disagmoe.parallel_state import AFParallelState
 from megatron_disagmoe.seam_records import CALLED
@@ -98,11 +99,11 @@ class AFGPTModelBuilder(GPTModelBuilder):
     ) -> GPTModel:
         mine = layout.attention_layers(state.topology.placement, state.role.group.index)
         vanilla = self._vanilla
-        if get_args().af_init == "local":
+        ep_size = vanilla.expert_model_parallel_size
+        if not _replays():
             _reseed(PretendGroup(1, 0), salt=_salt(state))
-        model = self._build_vanilla(
-            vanilla, pg_collection, PretendGroup(vanilla.expert_model_parallel_size, 0), mine, AttentionHalfLayer
-        )
+            ep_size = vanilla.num_moe_experts
+        model = self._build_vanilla(vanilla, pg_collection, PretendGroup(ep_size, 0), mine, AttentionHalfLayer)
         _use_config(model, vanilla, self._model_config.transformer)
         keep_ends(model, embedding=state.is_first, output=state.is_tail)
         return model
@@ -115,7 +116,7 @@ class AFGPTModelBuilder(GPTModelBuilder):
         num_local = vanilla.num_moe_experts // state.topology.ffn_ranks
         first = state.role.index * num_local
         weights: ExpertWeights = {}
-        if get_args().af_init == "replay":
+        if _replays():
             per_rank = vanilla.num_moe_experts // vanilla.expert_model_parallel_size
             for ep_rank in range(first // per_rank, (first + num_local - 1) // per_rank + 1):
                 group = PretendGroup(vanilla.expert_model_parallel_size, ep_rank)
@@ -139,14 +140,14 @@ class AFGPTModelBuilder(GPTModelBuilder):
         groups.ep = ep_group
         kept = self._model_config.transformer
         self._model_config.transformer = config
-        cut = _cut_layers(mine, half)
+        cut = _cut_layers(mine, half, ForeignLayer if _replays() else SkippedLayer)
         try:
             with megatron_seams.patched("megatron.core.transformer.transformer_block:build_module", cut):
                 model = super().build_model(groups, pre_process=True, post_process=True)
         finally:
             self._model_config.transformer = kept
         model.decoder.layers = _layers_by_number(
-            [layer for layer in model.decoder.layers if not isinstance(layer, ForeignLayer)]
+            [layer for layer in model.decoder.layers if not isinstance(layer, ForeignLayer | SkippedLayer)]
         )
         model.decoder.num_layers_per_pipeline_rank = len(model.decoder.layers)
         for module in model.modules():
@@ -186,14 +187,18 @@ def _layers_by_number(layers: list[TransformerLayer]) -> torch.nn.ModuleList:
     return named
 
 
-def _cut_layers(mine: tuple[int, ...], half: type[TransformerLayer]) -> Callable[..., Any]:
-    """A ``build_module`` for the block that builds our layers as ``half`` and the others as ``ForeignLayer``."""
+def _replays() -> bool:
+    return bool(get_args().af_init == "replay")
+
+
+def _cut_layers(mine: tuple[int, ...], half: type[torch.nn.Module], other: type[torch.nn.Module]) -> Callable[..., Any]:
+    """A ``build_module`` for the block that builds our layers as ``half`` and those of other groups as ``other``."""
     original = megatron_seams.resolve("megatron.core.transformer.transformer_block:build_module")
 
     def build_module(spec: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(spec, "module", None) is TransformerLayer:
             spec = copy.copy(spec)
-            spec.module = half if kwargs["layer_number"] in mine else ForeignLayer
+            spec.module = half if kwargs["layer_number"] in mine else other
         return original(spec, *args, **kwargs)
 
     return build_module

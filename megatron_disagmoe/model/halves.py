@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -37,6 +38,14 @@ class ForeignLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         for name, _ in list(self.named_children()):
             setattr(self, name, IdentityOp())
+
+
+class SkippedLayer(torch.nn.Module):
+    """A layer that another group holds, not built at all."""
+
+    def __init__(self, *args: Any, layer_number: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.layer_number = layer_number
 
 
 def drop_experts(moe: MoELayer) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -99,7 +100,6 @@ class AttentionStages:
         self.layout = layout
         self.recompute = recompute
         self._layers: dict[int, TransformerLayer] = {layer.layer_number: layer for layer in model.decoder.layers}
-        self._any_layer = next(iter(self._layers.values()))
 
     def forward(
         self,
@@ -205,11 +205,9 @@ class AttentionStages:
         output = self.dispatcher.combine(combined, lane.routing).view_as(lane.residual)
         if lane.shared is not None:
             output = output + lane.shared
-        layer = self._any_layer  # bias-dropout-add has no parameters: that of any layer will do
-        with layer.bias_dropout_add_exec_handler():
-            return layer.mlp_bda(layer.training, layer.config.bias_dropout_fusion)(
-                (output, None), lane.residual, layer.hidden_dropout
-            )
+        config = self.model.config
+        add = get_bias_dropout_add(self.model.training, config.bias_dropout_fusion)
+        return add((output, None), lane.residual, config.hidden_dropout)
 
 
 def _keep_quiet(messages: list[Message]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_disagmoe.parity import data
+from megatron_disagmoe.schedules import text
+from megatron_disagmoe.schedules.actions import Placement
 
 _MODEL = (
     "--hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
@@ -41,6 +43,8 @@ class Case:
         schedule: ``--af-schedule``.
         dispatch: ``--af-dispatch``.
         transport: ``--af-transport``.
+        placement: which group holds which stage, instead of p_A, p_F and round-robin; ``schedule`` is then built for it
+            and handed over as a file.
         start: ``seed``, or ``checkpoint``: both runs load the weights that a vanilla run has saved.
         extra: flags for both runs (they come last, so they win).
         af_extra: flags for the AF-pipe run alone.
@@ -60,6 +64,7 @@ class Case:
     dispatch: str = "per-expert"
     transport: str = "torch"
     start: str = "seed"
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("dtype", tuple(_PRECISION)), ("start", _STARTS)):
@@ -74,8 +79,10 @@ class Case:
     @property
     def af_world_size(self) -> int:
         """Processes of the AF-pipe run."""
-        ffn_groups = self.ffn_groups or self.attention_groups
-        return self.replicas * (self.attention_groups * self.attention_ranks + ffn_groups * self.ffn_ranks)
+        attention_groups, ffn_groups = self.attention_groups, self.ffn_groups or self.attention_groups
+        if self.placement is not None:
+            attention_groups, ffn_groups = self.placement.num_attention_groups, self.placement.num_ffn_groups
+        return self.replicas * (attention_groups * self.attention_ranks + ffn_groups * self.ffn_ranks)
 
     @property
     def vanilla_world_size(self) -> int:
@@ -93,8 +100,7 @@ class Case:
     def checkpoint(self, folder: Path) -> Path:
         """Where the weights to start from lie, named by what they depend on."""
         base = replace(self, start="seed", steps=_BASE_STEPS)
-        words = (str(self.vanilla_world_size), *base.vanilla_flags(folder))
-        return folder / f"checkpoint-{hashlib.sha256(chr(0).join(words).encode()).hexdigest()[:12]}"
+        return folder / f"checkpoint-{_digest(str(self.vanilla_world_size), *base.vanilla_flags(folder))}"
 
     def vanilla_flags(self, folder: Path) -> list[str]:
         """Flags of the vanilla run; corpus and checkpoint lie in ``folder``."""
@@ -106,19 +112,53 @@ class Case:
 
     def af_flags(self, folder: Path) -> list[str]:
         """The same flags with AF-pipe's."""
+        groups = ["--af-attention-groups", str(self.attention_groups)]
+        if self.ffn_groups is not None:
+            groups += ["--af-ffn-groups", str(self.ffn_groups)]
+        if self.placement is not None:
+            groups = []  # the file says so
         return [
             *self.vanilla_flags(folder),
             "--af-pipe",
-            *("--af-attention-groups", str(self.attention_groups)),
-            *(() if self.ffn_groups is None else ("--af-ffn-groups", str(self.ffn_groups))),
+            *groups,
             *("--af-attention-ranks", str(self.attention_ranks)),
             *("--af-ffn-ranks", str(self.ffn_ranks)),
-            *("--af-schedule", self.schedule),
+            *("--af-schedule", self.schedule if self.placement is None else str(self.schedule_file(folder))),
             *("--af-dispatch", self.dispatch),
             *("--af-transport", self.transport),
             *self.af_extra,
         ]
 
+    def schedule_file(self, folder: Path) -> Path:
+        """Where the schedule for ``placement`` lies."""
+        return folder / f"schedule-{_digest(repr(self.placement), self.schedule, str(self.micro_batches))}.txt"
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, from the flags."""
+        flags = [*_TRAINING.split(), *self.extra]
+        batch, micro_batch = (
+            int(flags[len(flags) - flags[::-1].index(name)]) for name in ("--global-batch-size", "--micro-batch-size")
+        )
+        return batch // (micro_batch * self.vanilla_world_size)
+
+    def write_schedule(self, folder: Path) -> None:
+        """Build and write the schedule for ``placement``, if there is one."""
+        if self.placement is not None:
+            from megatron_disagmoe import builders
+
+            schedule = builders.build(
+                self.schedule,
+                self.placement,
+                num_micro_batches=self.micro_batches,
+                costs=builders.NOMINAL_COSTS,
+            )
+            text.save(schedule, self.schedule_file(folder))
+
     def with_extra(self, *flags: str) -> Case:
         """The same case with more flags for both runs."""
         return replace(self, extra=(*self.extra, *flags))
+
+
+def _digest(*words: str) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]

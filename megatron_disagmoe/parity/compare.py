@@ -181,6 +181,7 @@ def compare(cases: Sequence[Case], folder: Path) -> list[Comparison]:
 
     names = []
     for case in cases:
+        case.write_schedule(folder)
         if case.start == "checkpoint":
             job("base", case.vanilla_world_size, case.base_flags(folder))
         names.append(

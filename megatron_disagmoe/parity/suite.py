@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_disagmoe.parity.cases import Case
+from megatron_disagmoe.schedules.actions import Placement
 
 
 def _split(flags: str) -> tuple[str, ...]:
@@ -28,6 +29,8 @@ def _topologies() -> dict[str, Case]:
         "a1-f2": Case(ffn_groups=2),
         "a2-f1": Case(attention_groups=2, ffn_groups=1),
         "a2-f3": Case(attention_groups=2, ffn_groups=3, layers=5, steps=10),
+        "tail-apart": Case(schedule="sequential", steps=10, placement=Placement(3, 2, (0, 1, 0, 1, 2), (0, 0, 1, 1))),
+        "blocks": Case(schedule="sequential", steps=10, placement=Placement(2, 2, (1, 1, 0, 0, 1), (1, 0, 0, 1))),
         "dense-around": Case(attention_groups=2, layers=5, steps=10, extra=_split("--moe-layer-freq [0,1,0,1,0]")),
     }
 
@@ -88,9 +91,10 @@ def _gradients() -> dict[str, Case]:
 def _routing() -> dict[str, Case]:
     """Routers and what they make of the load: losses of their own, biases, experts and ranks without a token."""
     sigmoid = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2"
+    # Fewer tokens in a micro-batch than FFN ranks and than experts, and one expert each: some of either get none.
     few_tokens = (
-        "--num-experts 8 --moe-router-topk 1 --moe-router-pre-softmax --moe-aux-loss-coeff 0 "
-        "--seq-length 4 --max-position-embeddings 4 --micro-batch-size 1"
+        "--num-experts 8 --moe-router-topk 1 --moe-router-pre-softmax --moe-aux-loss-coeff 0 --lr 3e-3 "
+        "--seq-length 3 --max-position-embeddings 3 --micro-batch-size 1"
     )
     return {
         "aux-loss-p2": _short("--moe-aux-loss-coeff 0.1", attention_groups=2, attention_ranks=2),
@@ -130,10 +134,6 @@ def _models() -> dict[str, Case]:
         ),
         "qk-norm-bias": _short("--qk-layernorm --add-qkv-bias --rotary-percent 0.5", attention_groups=2, ffn_ranks=2),
         "document-masks": _short("--reset-position-ids --reset-attention-mask", attention_groups=2),
-        "latent-attention": _short(
-            "--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 16 --qk-pos-emb-head-dim 8 --v-head-dim 16",
-            attention_groups=2,
-        ),
     }
 
 
@@ -142,7 +142,6 @@ def _course() -> dict[str, Case]:
     evaluation = "--eval-interval 3 --eval-iters 2 --eval-global-batch-size 12"
     return {
         "evaluation": _short(evaluation, attention_groups=2, attention_ranks=2),
-        "full-validation": _short("--eval-interval 4 --full-validation", ffn_ranks=2),
         "ramp-up": _short("--rampup-batch-size 4 4 24 --global-batch-size 16 --lr 3e-3", attention_ranks=2, steps=10),
         "ramp-up-n2": _short("--rampup-batch-size 4 2 24 --global-batch-size 12 --lr 3e-3", ffn_ranks=2, steps=10),
         "one-micro-batch": _short("--global-batch-size 2", attention_groups=2, steps=10),
