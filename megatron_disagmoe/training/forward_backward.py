@@ -155,9 +155,11 @@ class _Pipe:
         self.num_stages = state.topology.placement.num_layers
         self.tied = TiedEmbedding(model)
         if state.is_attention:
-            self.attention = AttentionStages(model, self.layout, self.dispatcher)
+            recompute = args.af_recompute in ("attention", "both")
+            self.attention = AttentionStages(model, self.layout, self.dispatcher, recompute=recompute)
         else:
-            self.experts = ExpertStages(model, self.layout, self.dispatcher)
+            recompute = args.af_recompute in ("ffn", "both")
+            self.experts = ExpertStages(model, self.layout, self.dispatcher, recompute=recompute)
 
     def worker(
         self, step: _Step, plan: StepSchedule, forward_step: Callable[..., Any], data_iterator: Any
