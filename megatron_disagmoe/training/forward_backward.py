@@ -150,6 +150,7 @@ class _Pipe:
         specs = transfers.edge_specs(args, self.dispatcher, shared=shared)
         self.executor = Executor(Links(state.topology, state.role, transport(), specs), recorder())
         last_words.on_sigterm(dist.get_rank(), state.role, self.executor.doing)
+        last_words.on_error(dist.get_rank(), state.role, self.executor.doing)
         self.exchange = transfers.node_exchange(transport(), self.dispatcher)
         self.traffic = transfers.TrafficLog(transport())
         self.num_stages = state.topology.placement.num_layers

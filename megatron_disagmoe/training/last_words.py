@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 from megatron_disagmoe.transport import TransportError
@@ -33,6 +34,17 @@ def on_lost_peer(rank: int, role: object) -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         say(rank, role, str(error))
         raise SystemExit(1) from None
+
+
+def on_error(rank: int, role: object, doing: Callable[[], str]) -> None:
+    """From now on an exception that nobody catches is followed by a line that says whose it is and when."""
+    show = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        show(kind, error, trace)
+        say(rank, role, f"{kind.__name__} {doing()}: {error}")
+
+    sys.excepthook = hook
 
 
 def on_sigterm(rank: int, role: object, doing: Callable[[], str]) -> None:

@@ -99,7 +99,6 @@ class _Reaper:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._queue: queue.SimpleQueue[_Send | None] = queue.SimpleQueue()
-        self._current: _Send | None = None
         self.error: TransportError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="af-transport-sends", daemon=True)
@@ -110,7 +109,6 @@ class _Reaper:
 
     def _run(self) -> None:
         while (send := self._queue.get()) is not None:
-            self._current = send
             try:
                 self._wait_for(send.works)
             except RuntimeError as error:
@@ -120,7 +118,6 @@ class _Reaper:
                 )
                 if not self._closing:
                     self.error = self.error or send.error
-            self._current = None
             send.works, send.tensors = [], []
             send.done.set()
 
@@ -136,14 +133,14 @@ class _Reaper:
             self._stream.synchronize()
 
     def close(self) -> None:
-        """Stop the thread; sends that nobody took are dropped."""
+        """Stop the thread; sends that nobody took are dropped.
+
+        Nothing calls off a wait for a send (torch 2.13): a thread in the midst of one is left behind, and ends with
+        the process.
+        """
         self._closing = True
         self._queue.put(None)
-        while self._thread.is_alive():
-            current = self._current
-            for work in current.works if current is not None else []:
-                work.abort()
-            self._thread.join(0.01)
+        self._thread.join(1.0)
 
 
 @dataclass
