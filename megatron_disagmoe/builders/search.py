@@ -47,14 +47,18 @@ class Task:
     @property
     def bound(self) -> float:
         """No order is faster."""
-        workload = Workload.uniform(
+        return max(lower_bounds(self.workload, max_live=self.max_live).cap, nested_bound(self.workload))
+
+    @property
+    def workload(self) -> Workload:
+        """What there is to do."""
+        return Workload.uniform(
             self.placement,
             self.costs,
             num_micro_batches=self.num_micro_batches,
             forward_only=self.forward_only,
             split_backward=self.split,
         )
-        return max(lower_bounds(workload).phase, nested_bound(workload))
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_disagmoe.builders.interleaved import Shape
+from megatron_disagmoe.builders.paced import paced
 from megatron_disagmoe.builders.search import Found, Search, Task
 from megatron_disagmoe.builders.sequential import sequential
+from megatron_disagmoe.builders.weights import filled, split_at_once
 from megatron_disagmoe.schedules.orders import Orders
 
 _SLOPES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
@@ -21,6 +24,8 @@ _JUSTIFIED = 3
 def best_order(task: Task, *, group_size: int | None = None) -> Found:
     """The best order found for ``task``; ``group_size`` fixes G."""
     search = Search(task)
+    if group_size is None:
+        _consider_paced(search)
     is_even = task.placement.num_attention_groups == task.placement.num_ffn_groups
     for number, (slope, extra, block) in enumerate(_STARTS):
         for ring in _rings(task):
@@ -39,6 +44,20 @@ def best_order(task: Task, *, group_size: int | None = None) -> Found:
         search.consider(Orders.of(one_by_one), {})
     assert search.best is not None, "one micro-batch at a time keeps within every cap that can be kept"
     return search.best
+
+
+def _consider_paced(search: Search) -> None:
+    """Orders for a low cap, where whole groups of micro-batches would be too many at once."""
+    task = search.task
+    if task.max_live is None or task.forward_only:
+        return
+    for orders, made_by in paced(task.workload, task.max_live):
+        if not task.split:
+            search.consider(orders, made_by)
+            continue
+        search.consider(split_at_once(orders), made_by)
+        with contextlib.suppress(ValueError):  # weight gradients that wait need room, and here is little
+            search.consider(filled(orders, task.costs, max_live=task.max_live), made_by)
 
 
 def _rings(task: Task) -> list[int]:

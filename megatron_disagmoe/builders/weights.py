@@ -49,3 +49,19 @@ def filled(
     if placement is None or placement == orders.placement:
         return listing.in_turn(started)
     return filled(reordered(both, placement, started.turn), costs, max_live=max_live)
+
+
+def split_at_once(orders: Orders) -> Orders:
+    """``orders`` with ``I`` and at once ``W`` in the place of each ``B``: gradients leave earlier, memory stays."""
+    twice = np.repeat(np.arange(len(orders)), np.where(orders.kind == B, 2, 1))
+    second = np.concatenate(([False], twice[1:] == twice[:-1]))
+    kind = np.where(orders.kind == B, I, orders.kind)[twice]
+    return sorted_orders(
+        orders.placement,
+        num_micro_batches=orders.num_micro_batches,
+        forward_only=orders.forward_only,
+        kind=np.where(second, W, kind),
+        stage=orders.stage[twice],
+        micro_batch=orders.micro_batch[twice],
+        keys=(np.arange(len(twice)),),
+    )
