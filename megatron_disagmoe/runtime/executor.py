@@ -131,7 +131,7 @@ class Executor:
             else:
                 run.sent(step.port, step.action.micro_batch)
         run.finish()
-        self.links.transport.flush()
+        self.links.finish()
         self._under_way = None
 
 
@@ -183,8 +183,10 @@ class _Run:
         del self.incoming[port, micro_batch]
         if not self.recorder.enabled:
             return messages
-        name = edge_name(port.edge, port.gradient)
-        self.recorder.wait(name, port.layer, micro_batch, incoming.peers[0], start, time.perf_counter_ns())
+        name, end = edge_name(port.edge, port.gradient), time.perf_counter_ns()
+        self.recorder.wait(name, port.layer, micro_batch, incoming.peers[0], start, end)
+        for peer, message in zip(incoming.peers, messages, strict=True):
+            self.recorder.receive(name, port.layer, micro_batch, peer, incoming.posted_ns, end, message.num_bytes)
         return messages
 
     def awaited(self) -> list[tuple[tuple[Port, int], Incoming]]:

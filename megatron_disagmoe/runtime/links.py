@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron_disagmoe.schedules.actions import Edge, Side
 from megatron_disagmoe.schedules.dataflow import Port
 from megatron_disagmoe.topology import Channel, Role, Topology
-from megatron_disagmoe.transport.base import ChannelSpec, Message, MessageSpec, RecvHandle, TransferKey, Transport
+from megatron_disagmoe.tracing.recorder import NullRecorder, Recorder, edge_name
+from megatron_disagmoe.transport.base import (
+    ChannelSpec,
+    Message,
+    MessageSpec,
+    RecvHandle,
+    SendHandle,
+    TransferKey,
+    Transport,
+)
 from megatron_disagmoe.transport.dispatch import NodeChannels
 from megatron_disagmoe.transport.precision import WireFormat
 
@@ -80,12 +91,21 @@ class _Route:
 class Links:
     """Sends to and receives from the peers of this rank, edge by edge. Nothing blocks but ``Incoming.wait``."""
 
-    def __init__(self, topology: Topology, role: Role, transport: Transport, specs: EdgeSpecs) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        role: Role,
+        transport: Transport,
+        specs: EdgeSpecs,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.topology = topology
         self.role = role
         self.transport = transport
         self.specs = specs
+        self._recorder = recorder or NullRecorder()
         self._routes: dict[Port, _Route] = {}
+        self._sent: list[_Sent] = []
 
     def _route(self, port: Port) -> _Route:
         route = self._routes.get(port)
@@ -102,24 +122,49 @@ class Links:
         key = TransferKey(port.edge.value, port.gradient, port.layer, micro_batch)
         for peer, message in zip(route.peers, messages, strict=True):
             encoded = route.wire.encode(message, route.spec)
-            self.transport.send(route.channel, key, peer, encoded, route.wire_spec)
+            start = time.perf_counter_ns()
+            handle = self.transport.send(route.channel, key, peer, encoded, route.wire_spec)
+            if self._recorder.enabled:
+                self._sent.append(_Sent(port, micro_batch, peer, start, encoded.num_bytes, handle))
 
     def receive(self, port: Port, micro_batch: int) -> Incoming:
         """Post the receive of one message from each peer."""
         route = self._route(port)
         key = TransferKey(port.edge.value, port.gradient, port.layer, micro_batch)
         post = self.transport.post_recv
+        start = time.perf_counter_ns()
         handles = tuple(post(route.channel, key, peer, route.wire_spec) for peer in route.peers)
-        return Incoming(route.peers, handles, route)
+        return Incoming(route.peers, handles, route, start)
+
+    def finish(self) -> None:
+        """At the end of a step: wait until everything sent has been taken."""
+        self.transport.flush()
+        for sent in self._sent:
+            end = sent.handle.completed_ns or sent.start
+            name = edge_name(sent.port.edge, sent.port.gradient)
+            self._recorder.send(name, sent.port.layer, sent.micro_batch, sent.peer, sent.start, end, sent.num_bytes)
+        self._sent.clear()
+
+
+class _Sent(NamedTuple):
+    """A message for the trace."""
+
+    port: Port
+    micro_batch: int
+    peer: int
+    start: int
+    num_bytes: int
+    handle: SendHandle
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """Receives under way, one from each peer."""
+    """Receives under way, one from each peer; ``posted_ns``: since when, by ``time.perf_counter_ns``."""
 
     peers: tuple[int, ...]
     handles: tuple[RecvHandle, ...]
     _route: _Route
+    posted_ns: int
 
     def wait(self) -> list[Message]:
         """Every message, copied out of the transport's buffers, which go back at once (``RecvHandle.take``)."""

@@ -148,7 +148,7 @@ class _Pipe:
         self.dispatcher = transfers.dispatcher(args, model.config)
         shared = model.config.moe_shared_expert_intermediate_size is not None
         specs = transfers.edge_specs(args, self.dispatcher, shared=shared)
-        self.executor = Executor(Links(state.topology, state.role, transport(), specs), recorder())
+        self.executor = Executor(Links(state.topology, state.role, transport(), specs, recorder()), recorder())
         last_words.on_sigterm(dist.get_rank(), state.role, self.executor.doing)
         last_words.on_error(dist.get_rank(), state.role, self.executor.doing)
         self.exchange = transfers.node_exchange(transport(), self.dispatcher)

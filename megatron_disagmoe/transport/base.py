@@ -99,6 +99,11 @@ class Message(NamedTuple):
     header: torch.Tensor
     sections: tuple[torch.Tensor, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of header and sections."""
+        return self.header.nbytes + sum(section.nbytes for section in self.sections)
+
 
 @dataclass(frozen=True)
 class TransferKey:
@@ -153,7 +158,12 @@ class ChannelTraffic:
 
 
 class SendHandle(ABC):
-    """A send under way."""
+    """A send under way.
+
+    ``completed_ns``: when the peer was seen to have taken it (``time.perf_counter_ns``); None where that is not known.
+    """
+
+    completed_ns: int | None = None
 
     @abstractmethod
     def wait(self) -> None:

@@ -118,6 +118,7 @@ class _Reaper:
                 )
                 if not self._closing:
                     self.error = self.error or send.error
+            send.completed_ns = time.perf_counter_ns()
             send.works, send.tensors = [], []
             send.done.set()
 
