@@ -27,8 +27,9 @@ from megatron_disagmoe.transport import (
 from megatron_disagmoe.transport.dispatch import Dispatcher, NodeChannels, TransportExchange
 from megatron_disagmoe.transport.dispatch.node import FAN_IN, FAN_OUT
 
-#: Micro-batches under way at once, as a schedule has a few of them.
-AHEAD = 4
+#: Receives posted and messages on their way out at once, as a schedule has a few of them: with only one under way
+#: the link would idle while its end is noticed and the next begun.
+AHEAD, SENDING = 4, 2
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Stream(ABC):
 
     @abstractmethod
     def run(self, count: int) -> None:
-        """Move ``count`` micro-batches, ``AHEAD`` under way."""
+        """Move ``count`` micro-batches, a few under way."""
 
     @abstractmethod
     def sent(self) -> Sent:
@@ -150,8 +151,8 @@ class DispatchStream(Stream):
         """Payload of the message to each peer."""
         return [sum(section.nbytes for section in message.sections) for message in self._messages]
 
-    def start(self, count: int) -> None:
-        for _ in range(count):
+    def start(self, count: int, *, posted: int | None = None) -> None:
+        for _ in range(count if posted is None else posted):
             self._post()
         for _ in range(count):
             self._send()
@@ -160,20 +161,19 @@ class DispatchStream(Stream):
         while self._handles:
             self._wait()
         self._transport.flush()
+        self._sends.clear()
 
     def run(self, count: int) -> None:
-        for _ in range(min(AHEAD, count)):
-            self._post()
+        self.start(min(SENDING, count), posted=min(AHEAD, count))
         for i in range(count):
-            self._send()
-            if len(self._sends) > AHEAD:
-                for handle in self._sends.popleft():
-                    handle.wait()
             self._wait()
             if i + AHEAD < count:
                 self._post()
+            for handle in self._sends.popleft():
+                handle.wait()
+            if i + SENDING < count:
+                self._send()
         self.finish()
-        self._sends.clear()
 
     def sent(self) -> Sent:
         traffic = self._transport.traffic[self._out.name]
@@ -221,8 +221,8 @@ class PointToPoint(Stream):
         self._num_posted = 0
         self._sent = Sent()
 
-    def start(self, count: int) -> None:
-        for _ in range(count):
+    def start(self, count: int, *, posted: int | None = None) -> None:
+        for _ in range(count if posted is None else posted):
             self._post()
         for _ in range(count):
             self._send()
@@ -235,17 +235,16 @@ class PointToPoint(Stream):
         self._sends.clear()
 
     def run(self, count: int) -> None:
-        for _ in range(min(AHEAD, count)):
-            self._post()
+        self.start(min(SENDING, count), posted=min(AHEAD, count))
         for i in range(count):
-            self._send()
-            if len(self._sends) > AHEAD:
-                for work in self._sends.popleft():
-                    work.wait()
             for work in self._receives.popleft():
                 work.wait()
             if i + AHEAD < count:
                 self._post()
+            for work in self._sends.popleft():
+                work.wait()
+            if i + SENDING < count:
+                self._send()
         self.finish()
 
     def sent(self) -> Sent:

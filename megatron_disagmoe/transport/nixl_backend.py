@@ -15,7 +15,8 @@ offer a larger one, and later slots of that pair are as large. Slots are recycle
 keys) is exchanged through torch's store only.
 
 NIXL's own progress thread spins on a core, so we run without it: a thread of ours makes progress every
-millisecond while something is under way, and whoever waits makes progress too.
+millisecond while something is under way, and whoever waits makes progress too. So over TCP a millisecond's worth
+of data has to fit the socket buffers, and one round of progress has to move it (``_UCX_DEFAULTS``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
+import os
 import struct
 import threading
 import time
@@ -68,6 +70,8 @@ _BYE_SECONDS = 10.0
 #: How often a waiting rank checks that the peer still lives.
 _PING_SECONDS = 1.0
 _ALIGN = 64
+#: Settings of UCX for TCP where the environment says nothing: reads of a ready socket a round, and socket buffers.
+_UCX_DEFAULTS = {"UCX_TCP_MAX_POLL": "128", "UCX_TCP_SNDBUF": "2m", "UCX_TCP_RCVBUF": "2m"}
 #: Transports of one process, counted, so that a second one finds no keys of the first in the store.
 _INSTANCES = itertools.count()
 
@@ -554,6 +558,8 @@ def _import_nixl() -> Any:
             "or choose --af-transport torch"
         ) from error
     logging.getLogger("nixl").setLevel(logging.WARNING)  # it logs to standard output
+    for name, value in _UCX_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     return api
 
 
