@@ -75,10 +75,10 @@ def _sizes(args: argparse.Namespace, world_size: int) -> list[str]:
     except ValueError as error:
         return [*errors, str(error)]
     vanilla_ep = args.expert_model_parallel_size
-    if sizes.data_parallel_size % vanilla_ep or experts % vanilla_ep:
+    if experts % vanilla_ep:
         errors.append(
             f"--expert-model-parallel-size {vanilla_ep} names the vanilla run whose initial weights are reproduced; it "
-            f"must divide its data-parallel size M*R = {sizes.data_parallel_size} and the {experts} experts"
+            f"must divide the {experts} experts"
         )
     errors += _batches(args, sizes)
     return errors or _schedule(args, sizes)

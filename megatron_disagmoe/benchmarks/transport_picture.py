@@ -69,7 +69,7 @@ def _draw_rates(axis: Axes, rows: Sequence[Row], columns: tuple[str, str]) -> No
                 label=None if way else " ".join(part for part in (transport, dispatch) if part),
             )
     axis.set_xticks(range(len(sizes)), [f"{m} x {n}" for m, n in sizes])
-    axis.legend(fontsize=7, ncols=4, loc="lower right")
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _draw_bytes(axis: Axes, rows: Sequence[Row]) -> None:
@@ -85,4 +85,4 @@ def _draw_bytes(axis: Axes, rows: Sequence[Row]) -> None:
     axis.set_xticks(range(len(sizes)), [f"{m} x {n}" for m, n in sizes])
     axis.set_ylabel("MiB from A to F")
     axis.set_title("Payload of a micro-batch; above: times fewer hidden-state rows than per-expert")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -94,24 +94,28 @@ def _show_simulator(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def _show_transport(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Both directions busy at once; fewer rows: than per-expert, (expected)")
-    for name in ("transport", "dispatch", "M x N", "Gbit/s limit"):
-        table.add_column(name)
-    for name in ("MB A to F", "MB F to A", "fewer rows", "Gbit/s", "share of link", "loop slows", "overlap"):
-        table.add_column(name, justify="right")
+    title = "Both directions busy at once: Gbit/s each way, or the share of the limit"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    for name in ("transport", "dispatch", "MxN", "limit"):
+        table.add_column(name, no_wrap=True)
+    for name in ("MB A-F", "fewer rows", "each way", "loop", "overlap"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         link, fewer = row["link_gbit_per_s"], row["fewer_rows"]
+        ways = [row["forward_gbit_per_s"], row["reverse_gbit_per_s"]] if link is None else _shares(row)
         table.add_row(
             row["transport"],
             row["dispatch"] or "-",
-            f"{row['attention_ranks']} x {row['ffn_ranks']}",
+            f"{row['attention_ranks']}x{row['ffn_ranks']}",
             "none" if link is None else f"{link:g}",
-            f"{row['forward_bytes'] / 1e6:.2f}",
-            f"{row['reverse_bytes'] / 1e6:.2f}",
-            "-" if fewer is None else f"{fewer:.3f} ({row['fewer_rows_expected']:.3f})",
-            f"{row['forward_gbit_per_s']:.2f} {row['reverse_gbit_per_s']:.2f}",
-            "-" if link is None else f"{row['forward_fraction']:.3f} {row['reverse_fraction']:.3f}",
+            f"{row['forward_bytes'] / 1e6:.1f}",
+            "-" if fewer is None else f"{fewer:.2f}",
+            " ".join(f"{way:.2f}" for way in ways),
             f"{row['compute_slowdown']:+.1%}",
             f"{row['overlap']:.0%}",
         )
     console.print(table)
+
+
+def _shares(row: dict[str, Any]) -> list[float]:
+    return [row["forward_fraction"], row["reverse_fraction"]]
