@@ -388,4 +388,23 @@ _CHECKPOINTS = (
     ),
 )
 
-SEAMS: dict[str, Seam] = {seam.symbol: seam for seam in (*_CPU, *_FIXES, *_AF_PIPE, *_CHECKPOINTS, *CALLED)}
+_BENCHMARKS = (
+    Seam(
+        "megatron.training.training:train_step",
+        "several runs are timed in turn, step by step",
+        "megatron_disagmoe.benchmarks.shaped.gate",
+        "tests/benchmarks/test_shaped.py",
+        "Megatron calls back before a step",
+    ),
+    Seam(
+        "megatron.core.transformer.moe.moe_layer:MoEAlltoAllTokenDispatcher",
+        "the rival that sends one copy per token and rank takes its place in a benchmark",
+        "megatron_disagmoe.benchmarks.shaped.one_copy",
+        "tests/benchmarks/test_shaped.py",
+        "Megatron has such a dispatcher that runs without a GPU",
+    ),
+)
+
+SEAMS: dict[str, Seam] = {
+    seam.symbol: seam for seam in (*_CPU, *_FIXES, *_AF_PIPE, *_CHECKPOINTS, *CALLED, *_BENCHMARKS)
+}

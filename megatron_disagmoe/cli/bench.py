@@ -65,6 +65,59 @@ def transport(
     emit(result, as_json=as_json, render=lambda console: _show_transport(console, rows))
 
 
+@app.command()
+def shaped(
+    out: OutOption = None,
+    model: Annotated[str, typer.Option(help="balanced, or ffn-heavy where AF-pipe should not win.")] = "balanced",
+    hosts: Annotated[str, typer.Option(help="Numbers of hosts, with commas.")] = "2",
+    links: Annotated[str, typer.Option(help="Limits in Gbit/s, with commas; none: unlimited.")] = "none,2,1,0.5,0.25",
+    transports: Annotated[str, typer.Option(help="Of AF-pipe, with commas.")] = "torch,nixl",
+    dispatch: Annotated[str, typer.Option(help="Of AF-pipe, with commas.")] = "per-expert,per-rank,per-node",
+    schedules: Annotated[str, typer.Option(help="With commas.")] = "sequential,interleaved-1f1b,split-backward",
+    repeats: Annotated[int, typer.Option(help="Steps of each variant at each limit, taken in turn.")] = 5,
+    as_json: bool = JsonOption,
+) -> None:
+    """Vanilla Megatron against AF-pipe on hosts whose links are limited, step for step in one run.
+
+    Needs root: hosts are network namespaces. They are removed however the run ends.
+    """
+    with bad_input_exits_2(), tempfile.TemporaryDirectory(prefix="disagmoe-bench-") as scratch:
+        from megatron_disagmoe.benchmarks.shaped import options
+        from megatron_disagmoe.benchmarks.shaped.measure import measure
+
+        chosen = options.model(model)
+        variants = options.variants(transports, dispatch, schedules)
+        rows = [
+            row
+            for count in options.counts(hosts)
+            for row in measure(
+                chosen,
+                variants,
+                hosts=count,
+                links=options.links(links),
+                repeats=repeats,
+                folder=(out or Path(scratch)) / f"{count}-hosts",
+                progress=lambda text: err_console.print(text, highlight=False),
+            )
+        ]
+        result = finish("shaped", rows, out)
+        result["why"] = chosen.why
+        if out is not None:
+            from megatron_disagmoe.benchmarks.shaped.picture import draw
+
+            draw(rows, out / "shaped.png")
+            result["picture"] = str(out / "shaped.png")
+    emit(result, as_json=as_json, render=lambda console: _show_shaped(console, rows))
+    if not all(row["losses_equal"] for row in rows):
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+def _show_shaped(console: Console, rows: list[dict[str, Any]]) -> None:
+    from megatron_disagmoe.benchmarks.shaped.table import table
+
+    console.print(table(rows))
+
+
 def finish(name: str, rows: list[dict[str, Any]], out: Path | None) -> dict[str, Any]:
     """The result to print; with ``out`` also written to ``NAME.json`` there."""
     result: dict[str, Any] = {"rows": rows}

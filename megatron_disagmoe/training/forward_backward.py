@@ -26,7 +26,7 @@ from megatron_disagmoe.training.batches import BatchFeed
 from megatron_disagmoe.training.process_groups import transport
 from megatron_disagmoe.training.schedule import schedule_for
 from megatron_disagmoe.training.tied_embedding import TiedEmbedding
-from megatron_disagmoe.training.traces import recorder
+from megatron_disagmoe.training.traces import keep_schedule, recorder
 
 
 def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., list[Any]]:
@@ -56,6 +56,8 @@ def forward_backward(
     pipe = _pipe(unwrap_model(model))
     step = _Step(model, num_microbatches, forward_only=forward_only)
     plan = schedule_for(num_microbatches, forward_only=forward_only)
+    if not forward_only:
+        keep_schedule(plan.schedule)
     timers = step.config.timers
     if timers is not None:
         timers("forward-backward", log_level=1).start(barrier=step.config.barrier_with_L1_time)

@@ -106,7 +106,7 @@ def test_good_input(words: str, world_size: int, megatron: dict[str, Any]) -> No
             [r"start, 3 is not a multiple of 2", r"increment, 1 is not a multiple of 2"],
         ),
         # vanilla's initialisation
-        ("--af-pipe", 2, {"expert_model_parallel_size": 2}, [r"--expert-model-parallel-size 2 .*M\*R = 1 and the 8"]),
+        ("--af-pipe", 2, {"expert_model_parallel_size": 3}, [r"--expert-model-parallel-size 3 .*must divide the 8 experts"]),
         # choices
         ("--af-pipe --af-transport mpi", 2, {}, [r"--af-transport 'mpi': choose from torch, nixl"]),
         ("--af-pipe --af-dispatch all", 2, {}, [r"--af-dispatch 'all': choose from per-expert, per-rank, per-node"]),

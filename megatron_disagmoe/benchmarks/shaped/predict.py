@@ -1,0 +1,82 @@
+"""What the event engine says a measured step should take, with the stage times and bytes of that very run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from megatron_disagmoe.benchmarks.shaped.cases import Model, Variant
+from megatron_disagmoe.benchmarks.shaped.fleet import StepTaken
+from megatron_disagmoe.schedule_choice import ScheduleChoice, step_schedule
+from megatron_disagmoe.schedules.actions import Placement, Side
+from megatron_disagmoe.schedules.orders import Orders
+from megatron_disagmoe.simulator.costs import StageCosts
+from megatron_disagmoe.simulator.simulate import simulate_orders
+from megatron_disagmoe.tracing.chrome import SEND
+from megatron_disagmoe.tracing.merge import RankTrace, load_traces, match_transfers
+from megatron_disagmoe.tracing.predicted import fit_costs
+from megatron_disagmoe.tracing.report import NANO, Step, events_in, find_steps
+
+
+class Predictor:
+    """Simulates the steps of one AF-pipe run from its traces.
+
+    Stage times are the run's own; a transfer takes what its bytes take on the link (headers and TCP's share of the
+    interface's count included), but no less than it took on the unlimited one; what a step does outside its stages
+    (optimizer, gradient norm) is added as measured.
+    """
+
+    def __init__(self, traces: Path, variant: Variant, model: Model, hosts: int) -> None:
+        assert variant.schedule is not None, "an AF-pipe variant names its schedule"
+        self._ranks = load_traces(traces)
+        self._steps = find_steps(self._ranks, skip=0)
+        self._transfers, _ = match_transfers(self._ranks)
+        placement = Placement.round_robin(num_layers=model.layers, num_attention_groups=1, num_ffn_groups=1)
+        num_micro_batches = model.micro_batches // (hosts // 2)
+        schedule = step_schedule(ScheduleChoice(variant.schedule), placement, num_micro_batches, forward_only=False)
+        self._orders = Orders.of(schedule.schedule)
+        self._ranks_a_side = hosts // 2
+
+    def step_ms(self, link: float | None, numbers: Sequence[int], taken: Sequence[StepTaken]) -> float:
+        """Simulated time of a step at ``link`` Gbit/s; ``numbers`` says which steps of the run were taken there."""
+        steps = [self._steps[number] for number in numbers]
+        costs = fit_costs(self._ranks, self._in_steps(steps), steps)
+        if link is not None:
+            seconds = {
+                edge: self._bytes(edge, steps) * self._overhead(steps, taken) * 8e-9 / link for edge in ("M2N", "N2M")
+            }
+            costs = dataclasses.replace(costs, transfer=seconds["M2N"], combine=seconds["N2M"])
+        outside = median(
+            step.seconds - max((end - start) / NANO for start, end in window.windows.values())
+            for step, window in zip(taken, steps, strict=True)
+        )
+        return 1e3 * (simulate_orders(self._orders, costs).makespan + max(0.0, outside))
+
+    def costs(self, numbers: Sequence[int]) -> StageCosts:
+        """Stage times of those steps, in seconds."""
+        steps = [self._steps[number] for number in numbers]
+        return fit_costs(self._ranks, self._in_steps(steps), steps)
+
+    def _in_steps(self, steps: Sequence[Step]) -> list:
+        windows = {rank: [step.windows[rank] for step in steps] for rank in steps[0].windows}
+        return [
+            transfer
+            for transfer in self._transfers
+            if any(start <= transfer.receive.end < end for start, end in windows[transfer.receiver])
+        ]
+
+    def _sent(self, trace: RankTrace, steps: Sequence[Step]) -> list:
+        return [e for step in steps for e in events_in(trace, step.windows[trace.rank]) if e.category == SEND]
+
+    def _bytes(self, edge: str, steps: Sequence[Step]) -> float:
+        """Payload that one port carries for ``edge``: all messages of one rank, forward and gradient alike."""
+        sizes = [e.num_bytes for t in self._ranks for e in self._sent(t, steps) if e.name.removeprefix("d") == edge]
+        return median(sizes) * self._ranks_a_side
+
+    def _overhead(self, steps: Sequence[Step], taken: Sequence[StepTaken]) -> float:
+        """Bytes that the interfaces of the FFN hosts sent, over payload sent."""
+        ffn = [trace for trace in self._ranks if trace.group.side is Side.F]
+        payload = sum(event.num_bytes for trace in ffn for event in self._sent(trace, steps))
+        return sum(step.bytes_sent[trace.rank] for step in taken for trace in ffn) / payload
