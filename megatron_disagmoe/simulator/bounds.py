@@ -259,10 +259,15 @@ def _add_compute(workload: Workload, paths: Paths, stage: int, compute: _Resourc
     compute.add(inputs + weights, n - split, start, paths.after_backward[stage], is_forward=False)
     compute.add(inputs, split, start, paths.after_backward[stage], is_forward=False)
     compute.add(weights, split, start + inputs, 0.0, is_forward=False)
+    again, dropped = paths.again[stage], workload.dropped(stage)
+    compute.add(again, dropped, start, paths.after_backward[stage], is_forward=False)
+    compute.final += _loads(again, 0.0, dropped)
     # the gradients leave after B, or after I; W is free
     compute.final += _loads(inputs + weights, arrives, n - split)
     compute.final += _loads(inputs, arrives, split) + _loads(weights, 0.0, split)
     compute.final_live += _kept(workload, paths, stage, inputs + weights)
+    if again > 0:
+        compute.final_live.append(_Kept(again, dropped, -math.inf))
 
 
 def _add_forward_messages(workload: Workload, paths: Paths, stage: int, stations: Sequence[_Station]) -> None:

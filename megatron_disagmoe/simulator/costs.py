@@ -16,7 +16,8 @@ class StageCosts:
     as long as what it answers. A lane that takes 0 is left out: its order is implied by the other two.
     ``backward_ratio``: backward over forward, recomputation not counted.
     ``weight_fraction``: the weight gradients' share of a backward, where it is split.
-    ``recompute_attention``, ``recompute_ffn``: share of a stage's forward that is run again before its backward.
+    ``recompute_attention``, ``recompute_ffn``: share of a stage's forward that is run again before its backward; all of
+    it where an FFN stage is dispatched again, since then nothing of it is kept.
     """
 
     attention: float
@@ -62,6 +63,10 @@ class StageCosts:
             recompute = self.recompute_attention
         share = recompute + self.backward_ratio * (1 - self.weight_fraction)
         return share * self.forward(stage, num_layers=num_layers)
+
+    def dispatched_again(self, stage: int, *, num_layers: int) -> float:
+        """What ``I`` takes on top where an FFN stage is dispatched again: it kept nothing and so runs all again."""
+        return (1 - self.recompute_ffn) * self.forward(stage, num_layers=num_layers)
 
     def weight_gradient(self, stage: int, *, num_layers: int) -> float:
         """Time of ``W``; with ``input_gradient`` it makes the time of ``B``."""

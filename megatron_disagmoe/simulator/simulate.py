@@ -65,7 +65,14 @@ def durations(orders: Orders, costs: StageCosts) -> Floats:
         table[I, stage] = costs.input_gradient(stage, num_layers=layers)
         table[W, stage] = costs.weight_gradient(stage, num_layers=layers)
     table[B] = table[I] + table[W]
-    return table[orders.kind, orders.stage]
+    result: Floats = table[orders.kind, orders.stage]
+    again = np.flatnonzero(orders.kind == D)
+    if len(again):
+        stages = orders.stage[again] + 1
+        users = _positions(orders, B, I)[stages * orders.num_micro_batches + orders.micro_batch[again]]
+        more = np.array([costs.dispatched_again(stage, num_layers=layers) for stage in stages.tolist()])
+        result[users[users >= 0]] += more[users >= 0]
+    return result
 
 
 def _positions(orders: Orders, *kinds: int) -> Ints:

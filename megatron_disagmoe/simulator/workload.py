@@ -75,7 +75,8 @@ class Paths:
 
     ``forward``, ``backward``: time of F, and of B or I. ``weights``: time of W, 0 where B contains it.
     ``forward_start``, ``backward_start``: earliest start. ``after_forward``, ``after_backward``: least time from an
-    action's end to the end of the step. Where only some micro-batches have their backward split, the shorter holds.
+    action's end to the end of the step. Where only some micro-batches have their backward split, or are dispatched
+    again, the shorter holds; ``again`` is what the latter's backward takes on top.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -85,7 +86,12 @@ class Paths:
         self.last = last = 2 * layers
         stages = range(last + 1)
         self.forward = [costs.forward(stage, num_layers=layers) for stage in stages]
-        self.inputs = [costs.input_gradient(stage, num_layers=layers) for stage in stages]
+        n, dropped = workload.num_micro_batches, [workload.dropped(stage) for stage in stages]
+        more = [costs.dispatched_again(s, num_layers=layers) if dropped[s] else 0.0 for s in stages]
+        self.inputs = [
+            costs.input_gradient(s, num_layers=layers) + (more[s] if dropped[s] == n else 0.0) for s in stages
+        ]
+        self.again = [more[s] if dropped[s] < n else 0.0 for s in stages]
         self.weights = [costs.weight_gradient(stage, num_layers=layers) for stage in stages]
         self.backward = [
             i if split else i + w for i, w, split in zip(self.inputs, self.weights, workload.split, strict=True)

@@ -82,7 +82,8 @@ def schedule_tasks(schedule: Schedule, costs: StageCosts) -> dict[Name, Task]:
                 if _is_transfer(schedule, port, costs):
                     needs.add((port, action.micro_batch))
             before = (group, action)
-            tasks[before] = Task(_duration(group, action, costs, layers), (), 0, (0, position), needs)
+            is_again = (action.layer, action.micro_batch) in again and group.side is Side.F
+            tasks[before] = Task(_duration(group, action, costs, layers, is_again), (), 0, (0, position), needs)
             for port in outputs(group.side, action.kind, action.layer, num_layers=layers):
                 if _is_transfer(schedule, port, costs):
                     channel = channel_of(placement, port)
@@ -110,12 +111,14 @@ def _turn(port: Port) -> int:
     return 2 if port.edge is Edge.AGAIN else int(port.gradient)
 
 
-def _duration(group: Group, action: Action, costs: StageCosts, layers: int) -> Fraction:
+def _duration(group: Group, action: Action, costs: StageCosts, layers: int, is_again: bool) -> Fraction:
     is_ffn = group.side is Side.F
     forward = exact(costs.ffn if is_ffn else costs.tail if action.layer == layers else costs.attention)
     if not is_ffn and action.layer == 0:
         forward += exact(costs.embedding)
     again = exact(costs.recompute_ffn if is_ffn else 0 if action.layer == layers else costs.recompute_attention)
+    if is_again:
+        again = Fraction(1)
     weights = exact(costs.backward_ratio) * exact(costs.weight_fraction)
     for_inputs = again + exact(costs.backward_ratio) - weights
     shares = {

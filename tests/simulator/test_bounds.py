@@ -53,8 +53,8 @@ _SMALL = {"attention": 1, "ffn": 2, "transfer": 0.5, "combine": 0.25}
         # ports: A0 sends 3 * 2 dispatches of 10 and 3 * 2 gradients of combine of 0.25, and the last then needs that
         # F(0) (4), the gradient of dispatch (10) and A(0) (2); F0 receives the same
         ({"transfer": 10}, {}, 61.5, 1 + 61.5 + 4 + 10 + 2),
-        # dispatched again: 3 * 2 dispatches more
-        ({"transfer": 10}, {"redispatch": True}, 121.5, 1 + 121.5 + 4 + 10 + 2),
+        # dispatched again: 3 * 2 dispatches more; the last may be for F(0), which then runs 2 again before 4
+        ({"transfer": 10}, {"redispatch": True}, 121.5, 1 + 121.5 + 6 + 10 + 2),
         # recomputation lengthens backward, of F(1) by 2 and of A(0) by 1
         ({"recompute_attention": 1, "recompute_ffn": 1}, {}, 48, 1 + 0.5 + 48 + 0.5 + 3),
     ],

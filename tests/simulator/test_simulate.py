@@ -105,16 +105,16 @@ def test_lanes_use_ports_where_they_cost() -> None:
 
 
 def test_dispatched_again() -> None:
-    """``D`` takes no time; the F stage's backward waits for what it sends."""
+    """``D`` takes no time; the F stage's backward waits for what it sends, and runs its forward (1) again."""
     schedule = parsed("A0: F0.0 F1.0 B1.0 D0.0 B0.0", "F0: F0.0 B0.0", attention="0 0", ffn="0", micro_batches=1)
     costs = StageCosts(attention=1, ffn=1, transfer=3, combine=1, tail=1)
     timeline = simulate(schedule, costs)
     assert table(timeline) == {
-        "A0": ["F0.0 0-1", "F1.0 6-7", "B1.0 7-9", "B0.0 18-20"],
-        "F0": ["F0.0 4-5", "B0.0 13-15"],
+        "A0": ["F0.0 0-1", "F1.0 6-7", "B1.0 7-9", "B0.0 19-21"],
+        "F0": ["F0.0 4-5", "B0.0 13-16"],
         # at 9 the gradient and the repeated dispatch are ready, and leave A0 one after the other
         "A0>": ["M2N/0.0 1-4", "dN2M/0.0 9-10", "AGAIN/0.0 10-13"],
-        "F0>": ["N2M/0.0 5-6", "dM2N/0.0 15-18"],
+        "F0>": ["N2M/0.0 5-6", "dM2N/0.0 16-19"],
     }
 
 
