@@ -10,6 +10,7 @@ is the state of which Megatron expects one copy in the world, or equal copies on
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +69,11 @@ def _saving_without_parameters(original: Callable[..., Any]) -> Callable[..., An
     def get_megatron_optimizer(*args: Any, **options: Any) -> Any:
         optimizer = original(*args, **options)
         for part in optimizer.chained_optimizers:
-            if isinstance(part, DistributedOptimizer) and not part.buffers:
-                _save_hyperparameters_only(part)
+            if isinstance(part, DistributedOptimizer):
+                if not part.buffers:
+                    _save_hyperparameters_only(part)
+            elif not part.get_parameters():
+                _save_in_silence(part)
         return optimizer
 
     return get_megatron_optimizer
@@ -83,7 +87,29 @@ def _save_hyperparameters_only(part: DistributedOptimizer) -> None:
 
     def state_dict() -> dict[str, Any]:
         groups = part.optimizer.state_dict()["param_groups"]
-        return {"optimizer": {"param_groups": [{k: v for k, v in group.items() if k != "params"} for group in groups]}}
+        without = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        state: dict[str, Any] = {"optimizer": {"param_groups": without}}
+        if part.grad_scaler is not None:
+            state["grad_scaler"] = part.grad_scaler.state_dict()
+        return state
 
-    part.state_dict = state_dict
-    part.load_state_dict = lambda state: None
+    def load_state_dict(state: dict[str, Any]) -> None:
+        if part.grad_scaler is not None and "grad_scaler" in state:
+            part.grad_scaler.load_state_dict(state["grad_scaler"])
+
+    part.state_dict, part.load_state_dict = state_dict, load_state_dict
+
+
+def _save_in_silence(part: Any) -> None:
+    """Keep Megatron from warning at every save that an optimizer without parameters has none in the model."""
+    own = part.sharded_state_dict
+    warns = logging.getLogger("megatron.core.dist_checkpointing.optimizer")
+
+    def sharded_state_dict(*args: Any, **options: Any) -> Any:
+        warns.disabled = True
+        try:
+            return own(*args, **options)
+        finally:
+            warns.disabled = False
+
+    part.sharded_state_dict = sharded_state_dict
