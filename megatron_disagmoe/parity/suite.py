@@ -117,6 +117,11 @@ def _routing() -> dict[str, Case]:
         ),
         "idle-ranks": _short(few_tokens, ffn_ranks=4),
         "idle-ranks-m2": _short(few_tokens, attention_ranks=2, ffn_ranks=4),
+        "sinkhorn": _short(
+            "--moe-router-load-balancing-type sinkhorn --moe-router-topk 1 --moe-router-pre-softmax "
+            "--moe-aux-loss-coeff 0",
+            ffn_ranks=2,
+        ),
         "shared-expert-gate": _short(
             "--moe-shared-expert-intermediate-size 64 --moe-shared-expert-gate", attention_groups=2
         ),
@@ -139,15 +144,33 @@ def _models() -> dict[str, Case]:
 
 def _course() -> dict[str, Case]:
     """What happens along a run: evaluation, growing batches, schedules of rates."""
-    evaluation = "--eval-interval 3 --eval-iters 2 --eval-global-batch-size 12"
+    evaluation = "--eval-interval 3 --eval-iters 2 --eval-micro-batch-size 3 --eval-global-batch-size 12"
     return {
         "evaluation": _short(evaluation, attention_groups=2, attention_ranks=2),
         "ramp-up": _short("--rampup-batch-size 4 4 24 --global-batch-size 16 --lr 3e-3", attention_ranks=2, steps=10),
         "ramp-up-n2": _short("--rampup-batch-size 4 2 24 --global-batch-size 12 --lr 3e-3", ffn_ranks=2, steps=10),
+        "skipped-iterations": _short("--iterations-to-skip 2 3", attention_ranks=2),
         "one-micro-batch": _short("--global-batch-size 2", attention_groups=2, steps=10),
         "wsd": _short(
             "--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 3 --lr-decay-iters 6", ffn_ranks=2
         ),
+    }
+
+
+def _options() -> dict[str, Case]:
+    """AF-pipe's own choices: what travels how, in which order, and what is computed twice."""
+    return {
+        "per-rank": Case(dispatch="per-rank", attention_ranks=2, ffn_ranks=2),
+        "p2-per-rank": Case(dispatch="per-rank", attention_groups=2, ffn_ranks=2),
+        "per-rank-bf16": Case(dispatch="per-rank", attention_ranks=2, ffn_ranks=2, dtype="bf16"),
+        "per-node": Case(dispatch="per-node", attention_ranks=2, ffn_ranks=4, af_extra=_split("--af-ranks-per-node 2")),
+        "nixl": Case(transport="nixl", attention_ranks=2, ffn_ranks=2),
+        "nixl-per-rank": _short(transport="nixl", dispatch="per-rank", attention_groups=2, ffn_ranks=2),
+        "sequential": Case(schedule="sequential", attention_groups=2),
+        "split-backward": Case(schedule="split-backward", attention_groups=2),
+        "split-backward-a1-f2": _short(schedule="split-backward", ffn_groups=2, layers=4),
+        "recompute": _short(af_extra=_split("--af-recompute both"), attention_groups=2),
+        "redispatch": _short(af_extra=_split("--af-redispatch"), attention_groups=2),
     }
 
 
@@ -170,6 +193,7 @@ GROUPS: dict[str, Callable[[], dict[str, Case]]] = {
     "models": _models,
     "course": _course,
     "bf16": _precision,
+    "options": _options,
 }
 
 
