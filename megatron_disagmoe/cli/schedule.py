@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from megatron_disagmoe import builders
+from megatron_disagmoe.builders.frontier import Point, default_caps
+from megatron_disagmoe.builders.frontier import frontier as frontier_of
+from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.cli import costs as cost_flags
-from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit
+from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit, err_console
 from megatron_disagmoe.schedules.actions import Placement, Schedule
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.schedules.text import load, save
@@ -60,7 +64,20 @@ def build(
         int | None, typer.Option(min=1, help="Cap on the activations alive on a group.", show_default="no cap")
     ] = None,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="For evaluation.", show_default=False)] = False,
-    out: Annotated[Path | None, typer.Option(help="Where to write the schedule.", show_default=False)] = None,
+    redispatch: Annotated[
+        bool, typer.Option("--redispatch", help="FFN groups drop what they get, and get it again.", show_default=False)
+    ] = False,
+    frontier: Annotated[
+        bool,
+        typer.Option("--frontier", help="Print and draw step time against live activations.", show_default=False),
+    ] = False,
+    frontier_caps: Annotated[
+        str | None, typer.Option(help="Caps to try, such as 9,16,64.", show_default="nine from the least to 4 L")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Schedule file; with --frontier also a picture beside it, or only a .png, .svg or .pdf."),
+    ] = None,
     as_json: bool = JsonOption,
 ) -> None:
     """Build a schedule for given stage times, prove it safe, say how near the lower bounds it is."""
@@ -80,24 +97,36 @@ def build(
                 "recompute_ffn": recompute_ffn,
             }
         )
-        if out is None:
-            raise ValueError("--out is missing: name the file to write the schedule to")
+        kind = _kind(kind, split_backward=split_backward)
         placement = _placement(layers, attention_groups, ffn_groups or attention_groups)
         _check_cap(placement, max_live, forward_only=forward_only)
-        schedule = builders.build(
-            _kind(kind, split_backward=split_backward),
-            placement,
-            num_micro_batches=micro_batches,
-            costs=costs,
-            group_size=group_size,
-            max_live=max_live,
-            forward_only=forward_only,
-        )
-        report = verify_schedule(schedule, max_live=max_live)
-        result = {"out": str(out), "ok": report.ok, **_figures(report, costs), **schedule.parameters}
-        save(schedule, out)
+        outs = _outs(out, frontier=frontier)
+        points = _frontier(placement, kind, micro_batches, costs, frontier_caps, outs.picture) if frontier else None
+        result: dict[str, Any] = {}
+        report: Report | None = None
+        if redispatch:
+            costs = dataclasses.replace(costs, recompute_ffn=1.0)  # nothing is kept, so all is run again
+        if outs.schedule is not None:
+            schedule = builders.build(
+                kind,
+                placement,
+                num_micro_batches=micro_batches,
+                costs=costs,
+                group_size=group_size,
+                max_live=max_live,
+                forward_only=forward_only,
+            )
+            if redispatch:
+                schedule = redispatching(schedule, costs)
+                schedule.parameters["redispatch"] = True
+            report = verify_schedule(schedule, max_live=max_live)
+            result = {"out": str(out), "ok": report.ok, **_figures(report, costs, max_live), **schedule.parameters}
+            save(schedule, outs.schedule)
+    if points is not None:
+        result["frontier"] = [point.as_json() for point in points]
+        result["frontier_out"] = None if outs.picture is None else str(outs.picture)
     emit(result, as_json=as_json, render=lambda console: _show_built(console, report, result))
-    if not report.ok:
+    if report is not None and not report.ok:
         raise typer.Exit(EXIT_DOES_NOT_HOLD)
 
 
@@ -225,13 +254,59 @@ def _check_cap(placement: Placement, max_live: int | None, *, forward_only: bool
         )
 
 
-def _figures(report: Report, costs: StageCosts) -> dict[str, object]:
+class _Outs(NamedTuple):
+    schedule: Path | None
+    picture: Path | None
+
+
+def _outs(out: Path | None, *, frontier: bool) -> _Outs:
+    """What to write, and where."""
+    if not frontier:
+        if out is None:
+            raise ValueError("--out is missing: name the file to write the schedule to")
+        return _Outs(out, None)
+    if out is None or out.suffix.lower() in (".png", ".svg", ".pdf"):
+        return _Outs(None, out)
+    return _Outs(out, out.with_suffix(".frontier.svg"))
+
+
+def _frontier(
+    placement: Placement, kind: str, micro_batches: int, costs: StageCosts, caps: str | None, picture: Path | None
+) -> list[Point]:
+    """The points of the frontier, drawn into ``picture``; progress on standard error."""
+    tried = default_caps(placement)
+    if caps is not None:
+        words = caps.replace(",", " ").split()
+        if not words or not all(word.isdigit() for word in words):
+            raise ValueError(f"--frontier-caps {caps!r} is not a list of whole numbers, such as 9,16,64")
+        tried = sorted({int(word) for word in words})
+        least = builders.least_live(placement)
+        if tried[0] < least:
+            raise ValueError(f"--frontier-caps: {tried[0]} is too low for any order; the least is {least}")
+    points: list[Point] = []
+    for point in frontier_of(placement, kind=kind, num_micro_batches=micro_batches, costs=costs, caps=tried):
+        points.append(point)
+        err_console.print(f"{point.lever}, at most {point.max_live} alive: {point.makespan:.6g}", highlight=False)
+    if picture is not None:
+        from megatron_disagmoe.drawing.frontier import draw_frontier
+
+        heading = (
+            f"{kind}: {placement.num_attention_groups} attention and {placement.num_ffn_groups} FFN groups, "
+            f"{placement.num_layers} layers, {micro_batches} micro-batches"
+        )
+        draw_frontier(points, picture, heading=heading)
+    return points
+
+
+def _figures(report: Report, costs: StageCosts, max_live: int | None) -> dict[str, object]:
     """What the schedule takes and holds, beside the least it could take."""
     orders = Orders.of(report.schedule)
-    makespan, bounds = simulate_orders(orders, costs).makespan, lower_bounds(Workload.of(orders, costs))
+    makespan = simulate_orders(orders, costs).makespan
+    bounds = lower_bounds(Workload.of(orders, costs), max_live=max_live)
     return {
         "makespan": makespan,
         **_bounds(bounds),
+        "cap_bound": bounds.cap,
         "makespan_over_fill_bound": makespan / bounds.fill,
         "peak_live": {str(group): peak for group, peak in report.peak_live.items()},
         "actions": report.num_actions,
@@ -242,14 +317,37 @@ def _bounds(bounds: Bounds) -> dict[str, float]:
     return {"busy_bound": bounds.busy, "fill_bound": bounds.fill, "phase_bound": bounds.phase}
 
 
-def _show_built(console: Console, report: Report, result: dict[str, Any]) -> None:
+def _show_built(console: Console, report: Report | None, result: dict[str, Any]) -> None:
+    if "frontier" in result:
+        _show_frontier(console, result)
+    if report is None:
+        return
     makespan = result["makespan"]
     lines = [f"makespan     {makespan:.6g}"]
-    for name in ("busy", "fill", "phase"):
+    for name in ("busy", "fill", "phase", "cap"):
         bound = result[f"{name}_bound"]
-        lines.append(f"{name + ' bound':<12} {bound:.6g}  (makespan is {makespan / bound:.4f} of it)")
+        if name != "cap" or result["max_live"] is not None:
+            lines.append(f"{name + ' bound':<12} {bound:.6g}  (makespan is {makespan / bound:.4f} of it)")
     live = ", ".join(f"{group} {peak}" for group, peak in result["peak_live"].items())
     lines += [f"live at most {live}", f"wrote {result['out']}"]
     if not report.ok:
         lines.insert(0, report.explain())
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_frontier(console: Console, result: dict[str, Any]) -> None:
+    table = Table(title="Step time against live activations")
+    for name in ("lever", "cap", "step time", "of its lower bound", "alive on A", "alive on F"):
+        table.add_column(name, justify="left" if name == "lever" else "right")
+    for point in result["frontier"]:
+        table.add_row(
+            point["lever"],
+            str(point["max_live"]),
+            f"{point['makespan']:.6g}",
+            f"{point['makespan_over_bound']:.3f}",
+            str(point["live_attention"]),
+            str(point["live_ffn"]),
+        )
+    console.print(table)
+    if result["frontier_out"] is not None:
+        console.print(f"wrote {result['frontier_out']}", markup=False, highlight=False, soft_wrap=True)

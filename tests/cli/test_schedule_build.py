@@ -77,6 +77,36 @@ def test_cap(tmp_path: Path) -> None:
     assert capped["makespan"] >= free["makespan"]
 
 
+def test_frontier(tmp_path: Path) -> None:
+    out = tmp_path / "plan.txt"
+    flags = ("--frontier", "--frontier-caps", "3,12", "--max-live", "12", "--json")
+    done = build(out, *flags)
+    assert done.exit_code == 0
+    answer = json.loads(done.stdout)
+    assert [(point["lever"], point["max_live"]) for point in answer["frontier"]] == [
+        (lever, cap) for lever in ("plain", "recompute-ffn", "recompute", "re-dispatch") for cap in (3, 12)
+    ]
+    assert answer["makespan"] == answer["frontier"][1]["makespan"]
+    assert answer["cap_bound"] == answer["frontier"][1]["bound"]
+    assert answer["frontier_out"] == str(tmp_path / "plan.frontier.svg")
+    assert Path(answer["frontier_out"]).read_bytes().startswith(b"<?xml")
+    assert run("verify", str(out)).exit_code == 0
+    people = run("build", *RING, *TIMES, "--frontier", "--frontier-caps", "3", "--out", str(tmp_path / "only.png"))
+    assert people.exit_code == 0
+    assert "Step time against live activations" in people.stdout
+    assert (tmp_path / "only.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_redispatch(tmp_path: Path) -> None:
+    out = tmp_path / "plan.txt"
+    answer = json.loads(build(out, "--redispatch", "--json").stdout)
+    assert answer["ok"] is True
+    assert (answer["peak_live"]["F0"], answer["peak_live"]["F1"]) == (1, 1)
+    assert answer["costs"]["recompute_ffn"] == 1
+    kinds = {action.kind for actions in load(out).actions.values() for action in actions}
+    assert Kind.D in kinds
+
+
 def test_for_people(tmp_path: Path) -> None:
     done = build(tmp_path / "plan.txt")
     assert done.exit_code == 0
@@ -102,6 +132,8 @@ def test_for_people(tmp_path: Path) -> None:
         (["--kind", "best"], "--kind best: choose among interleaved-1f1b"),
         (["--kind", "sequential", "--split-backward"], "leave out --split-backward"),
         (["--group-size", "0"], "'--group-size'"),
+        (["--frontier", "--frontier-caps", "3,x"], "--frontier-caps '3,x' is not a list of whole numbers"),
+        (["--frontier", "--frontier-caps", "1,4"], "--frontier-caps: 1 is too low for any order; the least is 3"),
     ],
 )
 def test_bad_input_exits_2_and_names_the_flag(tmp_path: Path, words: list[str], message: str) -> None:
