@@ -118,6 +118,52 @@ def _show_shaped(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table(rows))
 
 
+@app.command()
+def schedule(
+    out: OutOption = None,
+    cases: Annotated[str | None, typer.Option(help="Names, with commas.", show_default="all of them")] = None,
+    stage_ms: Annotated[float, typer.Option(min=1.0, help="What a stage sleeps.")] = 50.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps of each case.")] = 3,
+    traces: Annotated[bool, typer.Option("--traces", help="Write traces too, below --out.", show_default=False)] = False,
+    as_json: bool = JsonOption,
+) -> None:
+    """Step times of real processes with emulated stages and ports, beside the simulated ones and the lower bound."""
+    with bad_input_exits_2(), tempfile.TemporaryDirectory(prefix="disagmoe-bench-") as scratch:
+        from megatron_disagmoe.benchmarks import schedule as benchmark
+
+        if traces and out is None:
+            raise ValueError("--traces without --out: name the folder to write them to")
+        rows = benchmark.measure(
+            benchmark.named(cases),
+            Path(scratch),
+            unit_seconds=stage_ms / 1e3,
+            repeats=repeats,
+            traces=out / "traces" if traces and out is not None else None,
+        )
+        result = finish("schedule", rows, out)
+        if out is not None:
+            from megatron_disagmoe.benchmarks.schedule_picture import draw
+
+            draw(rows, out / "schedule.png")
+            result["picture"] = str(out / "schedule.png")
+    emit(result, as_json=as_json, render=lambda console: _show_schedule(console, rows))
+    if not all(row["holds"] for row in rows):
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+@app.command()
+def executor(out: OutOption = None, as_json: bool = JsonOption) -> None:
+    """What the executor costs a rank beyond Megatron's modules, on the smallest of models."""
+    with bad_input_exits_2(), tempfile.TemporaryDirectory(prefix="disagmoe-bench-") as scratch:
+        from megatron_disagmoe.benchmarks.executor import CASES, measure
+
+        rows = measure(CASES, Path(scratch))
+        result = finish("executor", rows, out)
+    emit(result, as_json=as_json, render=lambda console: _show_executor(console, rows))
+    if not all(row["holds"] for row in rows):
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
 def finish(name: str, rows: list[dict[str, Any]], out: Path | None) -> dict[str, Any]:
     """The result to print; with ``out`` also written to ``NAME.json`` there."""
     result: dict[str, Any] = {"rows": rows}
@@ -172,3 +218,28 @@ def _show_transport(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def _shares(row: dict[str, Any]) -> list[float]:
     return [row["forward_fraction"], row["reverse_fraction"]]
+
+
+def _show_schedule(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Seconds a step; stages sleep, transfers take their time on emulated ports")
+    table.add_column("case")
+    for name in ("bound", "simulated", "measured", "least", "most", "measured / simulated", "measured / bound"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        seconds = ("fill_bound_s", "simulated_s", "measured_s", "measured_min_s", "measured_max_s")
+        ratios = ("measured_over_simulated", "measured_over_fill_bound")
+        table.add_row(row["case"], *(f"{row[name]:.3f}" for name in (*seconds, *ratios)))
+    console.print(table)
+
+
+def _show_executor(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Microseconds of processor time")
+    for name in ("group", "schedule", "transport", "dispatch"):
+        table.add_column(name)
+    for name in ("ours, a compute action", "ours, an action", "modules, a compute action"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        columns = ("overhead_us_per_compute_action", "overhead_us_per_action", "modules_us_per_compute_action")
+        names = (row[name] for name in ("group", "schedule", "transport", "dispatch"))
+        table.add_row(*names, *(f"{row[name]:.0f}" for name in columns))
+    console.print(table)

@@ -5,6 +5,8 @@ Shape legend: ``s`` sequence, ``b`` micro-batch, ``h`` hidden, ``T = s*b``, ``k`
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from megatron_disagmoe.model.stages import Lane
@@ -30,10 +32,16 @@ def pack(lane: Lane) -> Message:
     """The message of a lane; detached."""
     s, b, h = lane.residual.shape
     rows = lane.routing.token_of_row
-    header = torch.tensor([s, b, -1 if rows is None else rows.shape[0]], dtype=torch.int64)
+    header = _header(s, b, -1 if rows is None else rows.shape[0])
     token_of_row = torch.empty(0, 1, dtype=torch.int64) if rows is None else rows.unsqueeze(1)
     hidden = tuple(tensor.detach().reshape(s * b, h) for tensor in lane.tensors())
     return Message(header, (*hidden, token_of_row.to(lane.residual.device)))
+
+
+@functools.lru_cache(maxsize=256)
+def _header(s: int, b: int, rows: int) -> torch.Tensor:
+    """Shared by messages: nobody writes to a header."""
+    return torch.tensor([s, b, rows], dtype=torch.int64)
 
 
 def unpack(message: Message) -> Lane:

@@ -24,7 +24,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Side(enum.Enum):
+class _Name(enum.Enum):
+    """Members hash by identity: ``Enum`` hashes in Python, and these are part of keys everywhere."""
+
+    __hash__ = object.__hash__
+
+
+class Side(_Name):
     """Which half of the model a group holds."""
 
     A = "A"
@@ -41,7 +47,7 @@ class Group(NamedTuple):
         return f"{self.side.value}{self.index}"
 
 
-class Kind(enum.Enum):
+class Kind(_Name):
     """What an action does. ``B`` is ``I`` followed at once by ``W``.
 
     ``D`` (attention groups only) dispatches a stage's tokens a second time; it computes nothing.
@@ -58,7 +64,7 @@ class Kind(enum.Enum):
     RECV = "RECV"
 
 
-class Edge(enum.Enum):
+class Edge(_Name):
     """The kinds of edge between stages (see the module's docstring)."""
 
     M2N = "M2N"

@@ -52,7 +52,7 @@ from megatron_disagmoe.transport.base import (
     check_same_spec,
 )
 from megatron_disagmoe.transport.nixl_memory import RegisteredMemory, Slot
-from megatron_disagmoe.transport.wire import Layout, place, view_section
+from megatron_disagmoe.transport.wire import Layout, Where, place, view_section
 
 _OFFER, _ANNOUNCE, _DATA, _PING = b"O", b"A", b"D", b"P"
 #: kind, channel number, sequence number
@@ -87,7 +87,7 @@ class _SendState:
     """One message on its way out."""
 
     pair: _SendPair
-    where: str
+    where: Where
     sequence: int
     size: int
     slot: Slot | None
@@ -145,7 +145,7 @@ class _Recv(RecvHandle):
         self.message: Message | None = None
 
     @property
-    def where(self) -> str:
+    def where(self) -> Where:
         return place(self.channel, self.key, me=self.transport.rank, peer=self.pair.peer, receiving=True)
 
     @property
@@ -341,7 +341,8 @@ class NixlTransport(Transport):
         for i, offset in enumerate(offsets):
             if rows[i]:
                 assert recv.slot is not None
-                sections[i] = view_section(recv.slot.buffer[offset:], layout.spec, i, rows[i])
+                end = offset + rows[i] * layout.spec.sections[i].row_bytes
+                sections[i] = view_section(recv.slot.buffer[offset:end], layout.spec, i, rows[i])
         return Message(message.header, tuple(sections))
 
     def _give_back(self, slot: Slot) -> None:
@@ -485,7 +486,7 @@ class NixlTransport(Transport):
         self._lost.setdefault(state.pair.peer, state.error)
         self._error = self._error or state.error
 
-    def _notify(self, peer: int, where: str, note: bytes, *, expected: int) -> None:
+    def _notify(self, peer: int, where: Where, note: bytes, *, expected: int) -> None:
         try:
             self._agent.send_notif(_agent_name(peer), note)
         except self._errors as error:
@@ -494,7 +495,7 @@ class NixlTransport(Transport):
             )
             raise self._lost[peer] from error
 
-    def _raise_if_lost(self, where: str, peer: int, *, expected: int = 0) -> None:
+    def _raise_if_lost(self, where: Where, peer: int, *, expected: int = 0) -> None:
         if self._error is not None:
             raise self._error
         if peer in self._lost:

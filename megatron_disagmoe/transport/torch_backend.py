@@ -41,7 +41,7 @@ from megatron_disagmoe.transport.base import (
     check_same_spec,
 )
 from megatron_disagmoe.transport.pool import HostPool
-from megatron_disagmoe.transport.wire import HELLO_WORDS, Layout, place, view_section
+from megatron_disagmoe.transport.wire import HELLO_WORDS, Layout, Where, place, view_section
 
 _FOREVER = timedelta(days=365)
 _RECORD_TAG, _FIRST_BODY_TAG = 0, 1
@@ -76,7 +76,7 @@ def _create_groups(
 class _Send(SendHandle):
     """One message under way; keeps its tensors alive."""
 
-    def __init__(self, where: str, size: int, timeout_seconds: float) -> None:
+    def __init__(self, where: Where, size: int, timeout_seconds: float) -> None:
         self.where, self.size, self.timeout_seconds = where, size, timeout_seconds
         self.tensors: list[torch.Tensor] = []
         self.works: list[Any] = []
@@ -187,7 +187,7 @@ class _Recv(RecvHandle):
         self.message: Message | None = None
 
     @property
-    def where(self) -> str:
+    def where(self) -> Where:
         return place(self.channel, self.key, me=self.transport.rank, peer=self.peer, receiving=True)
 
     def wait(self) -> Message:

@@ -8,25 +8,28 @@ Then each message is one *header record* followed by its bodies:
 
     words   int64 [PREFIX + sections + header_length]: magic, sequence number, transfer key, rows of each
             section, the message's own header
-    riders  the narrow sections (probabilities, ids) packed behind the words, 8-byte aligned
-    bodies  the wide sections, each a piece of memory of its own that nobody has to copy
+    riders  narrow sections (probabilities, ids) and small ones packed behind the words, 8-byte aligned
+    bodies  the others, each a piece of memory of its own that nobody has to copy
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from megatron_disagmoe.transport.base import ChannelSpec, Message, MessageSpec, TransferKey, TransportError
+from megatron_disagmoe.transport.base import ChannelSpec, Message, MessageSpec, Section, TransferKey, TransportError
 
 _MAGIC = 0x4146_5049_5045_0001
 _PREFIX = 6
-#: Sections with narrower rows (hidden states apart) ride in the header record: a copy is cheaper than a message.
+#: Sections with narrower rows (hidden states apart), and any that is small even at its largest, ride in the header
+#: record: a copy is cheaper than a message.
 _BODY_ROW_BYTES = 256
+_BODY_BYTES = 32 << 10
 HELLO_WORDS = 4
 
 
@@ -34,6 +37,7 @@ def _align(size: int) -> int:
     return -(-size // 8) * 8
 
 
+@lru_cache(maxsize=64)
 def encode_edge(edge: str) -> int:
     """An edge's name as an integer (7 ASCII characters at most)."""
     raw = edge.encode("ascii")
@@ -69,11 +73,7 @@ class Layout:
     def of(cls, spec: MessageSpec, *, on_host: bool) -> Layout:
         """Layout of ``spec``; nothing rides where sections live on a device (a rider would be a blocking copy)."""
         sections = range(len(spec.sections))
-        riders = tuple(
-            i
-            for i in sections
-            if on_host and not spec.sections[i].hidden and spec.sections[i].row_bytes < _BODY_ROW_BYTES
-        )
+        riders = tuple(i for i in sections if on_host and _rides(spec.sections[i]))
         num_words = _PREFIX + len(spec.sections) + spec.header_length
         record = num_words * 8 + sum(_align(spec.sections[i].max_bytes) for i in riders)
         return cls(spec, riders, tuple(i for i in sections if i not in riders), num_words, record)
@@ -89,7 +89,7 @@ class Layout:
         bodies = sum(self.spec.sections[i].max_bytes for i in self.bodies)
         return torch.tensor([_MAGIC, self.digest, self.record_bytes, bodies], dtype=torch.int64)
 
-    def check_hello(self, where: str, hello: torch.Tensor) -> None:
+    def check_hello(self, where: Where, hello: torch.Tensor) -> None:
         """Compare a peer's hello with our own.
 
         Raises:
@@ -118,12 +118,11 @@ class Layout:
         for i in self.riders:
             count = rows[i] * spec.sections[i].row_bytes
             if count:
-                target = record[offset : offset + count].view(spec.sections[i].dtype)
-                target.view(rows[i], -1).copy_(message.sections[i])
+                view_section(record, spec, i, rows[i], offset=offset).copy_(message.sections[i])
             offset += _align(count)
         return record
 
-    def unpack(self, where: str, key: TransferKey, sequence: int, record: torch.Tensor) -> tuple[Message, list[int]]:
+    def unpack(self, where: Where, key: TransferKey, sequence: int, record: torch.Tensor) -> tuple[Message, list[int]]:
         """Read a header record: the message with its riders (empty tensors for bodies) and each section's rows.
 
         Args:
@@ -152,23 +151,51 @@ class Layout:
                     f"had {count * section.row_bytes} ({count} rows)"
                 )
         header = torch.from_numpy(words[_PREFIX + len(spec.sections) :])
-        sections = [torch.empty(0, section.width, dtype=section.dtype) for section in spec.sections]
+        sections: list[torch.Tensor | None] = [None] * len(spec.sections)
         offset = self.num_words * 8
         for i in self.riders:
             count = rows[i] * spec.sections[i].row_bytes
             if count:
-                sections[i] = view_section(record[offset:], spec, i, rows[i])
+                sections[i] = view_section(record, spec, i, rows[i], offset=offset)
             offset += _align(count)
-        return Message(header, tuple(sections)), rows
+        filled = tuple(
+            torch.empty(0, section.width, dtype=section.dtype) if tensor is None else tensor
+            for tensor, section in zip(sections, spec.sections, strict=True)
+        )
+        return Message(header, filled), rows
 
 
-def view_section(buffer: torch.Tensor, spec: MessageSpec, index: int, rows: int) -> torch.Tensor:
-    """The first bytes of a uint8 ``buffer`` as section ``index`` with ``rows`` rows."""
+def _rides(section: Section) -> bool:
+    is_narrow = not section.hidden and section.row_bytes < _BODY_ROW_BYTES
+    return is_narrow or section.max_bytes <= _BODY_BYTES
+
+
+def view_section(buffer: torch.Tensor, spec: MessageSpec, index: int, rows: int, *, offset: int = 0) -> torch.Tensor:
+    """The bytes of a uint8 ``buffer`` from ``offset`` on as section ``index`` with ``rows`` rows.
+
+    The buffer is whole elements of the section's dtype, and they begin at multiples of one.
+    """
     section = spec.sections[index]
-    return buffer[: rows * section.row_bytes].view(section.dtype).view(rows, section.width)
+    typed = buffer.view(section.dtype)
+    first = typed.storage_offset() + offset // section.dtype.itemsize
+    return typed.as_strided((rows, section.width), (section.width, 1), first)
 
 
-def place(channel: ChannelSpec, key: TransferKey, *, me: int, peer: int, receiving: bool) -> str:
-    """``"M2N A0->F1 r0: rank 3 receiving M2N of layer 2, micro-batch 7 from rank 1"``: begins every error."""
-    verb, word = ("receiving", "from") if receiving else ("sending", "to")
-    return f"{channel.name}: rank {me} {verb} {key} {word} rank {peer}"
+class Where(NamedTuple):
+    """One end of a transfer; as text it begins every error. Made for every message, so text only when asked for."""
+
+    channel: ChannelSpec
+    key: TransferKey
+    me: int
+    peer: int
+    receiving: bool
+
+    def __str__(self) -> str:
+        """``"M2N A0->F1 r0: rank 3 receiving M2N of layer 2, micro-batch 7 from rank 1"``."""
+        verb, word = ("receiving", "from") if self.receiving else ("sending", "to")
+        return f"{self.channel.name}: rank {self.me} {verb} {self.key} {word} rank {self.peer}"
+
+
+def place(channel: ChannelSpec, key: TransferKey, *, me: int, peer: int, receiving: bool) -> Where:
+    """Where an error happened."""
+    return Where(channel, key, me, peer, receiving)
