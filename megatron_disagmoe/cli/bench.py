@@ -124,7 +124,7 @@ def schedule(
     cases: Annotated[str | None, typer.Option(help="Names, with commas.", show_default="all of them")] = None,
     stage_ms: Annotated[float, typer.Option(min=1.0, help="What a stage sleeps.")] = 50.0,
     repeats: Annotated[int, typer.Option(min=1, help="Steps of each case.")] = 3,
-    traces: Annotated[bool, typer.Option("--traces", help="Write traces too, below --out.", show_default=False)] = False,
+    traces: Annotated[bool, typer.Option("--traces", help="Write traces too.", show_default=False)] = False,
     as_json: bool = JsonOption,
 ) -> None:
     """Step times of real processes with emulated stages and ports, beside the simulated ones and the lower bound."""
