@@ -118,9 +118,13 @@ def _schedule(args: argparse.Namespace, sizes: Topology) -> list[str]:
     ):
         if choice.is_file and value is not None:
             return [f"--af-schedule {choice.name} is a finished schedule, {flag} {value} cannot change it: drop one"]
-    if choice.is_file and args.rampup_batch_size is not None:
-        several = f"--af-schedule {choice.name} is for one number of micro-batches, --rampup-batch-size has several: "
-        return [several + f"name a schedule ({', '.join(SCHEDULES)}), or drop the ramp-up"]
+    for flag, value in (
+        ("--rampup-batch-size", args.rampup_batch_size),
+        ("--step-batch-size-schedule", args.step_batch_size_schedule),
+    ):
+        if choice.is_file and value is not None:
+            several = f"--af-schedule {choice.name} is for one number of micro-batches, {flag} makes several: "
+            return [several + f"name a schedule ({', '.join(SCHEDULES)}), or drop {flag}"]
     try:
         plan = step_schedule(choice, sizes.placement, _micro_batches(args, sizes), forward_only=False)
     except ValueError as error:

@@ -22,6 +22,7 @@ MEGATRON = {
     "micro_batch_size": 2,
     "global_batch_size": 32,
     "rampup_batch_size": None,
+    "step_batch_size_schedule": None,
     "num_experts": 8,
     "moe_router_topk": 2,
     "moe_layer_freq": 1,
@@ -106,13 +107,21 @@ def test_good_input(words: str, world_size: int, megatron: dict[str, Any]) -> No
             [r"start, 3 is not a multiple of 2", r"increment, 1 is not a multiple of 2"],
         ),
         # vanilla's initialisation
-        ("--af-pipe", 2, {"expert_model_parallel_size": 3}, [r"--expert-model-parallel-size 3 .*must divide the 8 experts"]),
+        ("--af-pipe", 2, {"expert_model_parallel_size": 3}, [r"--expert-model-parallel-size 3 .*divide the 8 experts"]),
         # choices
         ("--af-pipe --af-transport mpi", 2, {}, [r"--af-transport 'mpi': choose from torch, nixl"]),
         ("--af-pipe --af-dispatch all", 2, {}, [r"--af-dispatch 'all': choose from per-expert, per-rank, per-node"]),
         ("--af-pipe --af-init zeros", 2, {}, [r"--af-init 'zeros': choose from replay, local"]),
         ("--af-pipe --af-schedule best", 2, {}, [r"--af-schedule 'best' is neither one of .*sequential nor a file"]),
+        ("--af-pipe --af-recompute all", 2, {}, [r"--af-recompute 'all': choose from none, attention, ffn, both"]),
+        ("--af-pipe --af-wire-dtype fp4", 2, {}, [r"--af-wire-dtype 'fp4': choose from same, bf16, fp8"]),
         # features
+        (
+            "--af-pipe --af-schedule split-backward",
+            2,
+            {"transformer_impl": "transformer_engine"},
+            [r"--af-schedule split-backward splits backwards, .* add --transformer-impl local"],
+        ),
         ("--af-pipe", 2, {"optimizer": "muon"}, [r"--optimizer is not supported .* choose from adam, sgd"]),
         ("--af-pipe", 2, {"save": "x", "ckpt_format": "torch"}, [r"--ckpt-format is not .* writes torch_dist"]),
         (
@@ -164,6 +173,7 @@ def test_schedule_file_says_the_groups(tmp_path: Path) -> None:
         ("", {"num_layers": 5}, "is for 4 MoE layers, but the model has 5"),
         ("", {"global_batch_size": 64}, "is for 16 micro-batches, but a step of this run has 32"),
         ("", {"rampup_batch_size": ["8", "8", "100"]}, "is for one number of micro-batches"),
+        ("", {"step_batch_size_schedule": "0:8 100:16"}, "is for one number of micro-batches"),
     ],
 )
 def test_schedule_file_that_does_not_fit(tmp_path: Path, words: str, megatron: dict[str, Any], message: str) -> None:
@@ -193,6 +203,8 @@ def test_what_is_left_open_gets_its_default(monkeypatch: pytest.MonkeyPatch) -> 
         "af_schedule": "interleaved-1f1b",
         "af_micro_batch_group_size": None,
         "af_max_live_micro_batches": None,
+        "af_recompute": "none",
+        "af_redispatch": False,
         "af_transport": "torch",
         "af_dispatch": "per-rank",
         "af_ranks_per_node": 8,
