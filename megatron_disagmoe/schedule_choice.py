@@ -11,6 +11,7 @@ from megatron_disagmoe.schedules.actions import Group, Kind, Placement, Schedule
 from megatron_disagmoe.schedules.dataflow import redispatched
 from megatron_disagmoe.schedules.text import load
 from megatron_disagmoe.schedules.verifier import UnsafeScheduleError, ensure_safe
+from megatron_disagmoe.simulator.costs import StageCosts
 
 #: Builders that ``--af-schedule`` knows by name; ``builders.KINDS`` is the same list, and importing it takes longer.
 NAMES = ("interleaved-1f1b", "split-backward", "sequential")
@@ -29,6 +30,7 @@ class ScheduleChoice:
         max_live: ``--af-max-live-micro-batches``.
         redispatch: ``--af-redispatch``.
         recompute_attention, recompute_ffn: which side ``--af-recompute`` names; builders make room for it.
+        plan: ``--af-plan``; its stage times are what builders order by.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ScheduleChoice:
     redispatch: bool = False
     recompute_attention: bool = False
     recompute_ffn: bool = False
+    plan: str | None = None
 
     @property
     def redispatches(self) -> bool:
@@ -108,15 +111,11 @@ def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int,
 
     group_size = choice.group_size
     symmetric = placement.num_attention_groups == placement.num_ffn_groups
-    if group_size is None and choice.max_live is None and symmetric:
+    if group_size is None and choice.max_live is None and symmetric and choice.plan is None:
         # Without measured times one round of the ring, communication counted as stages, is the size to take.
         group_size = 4 * placement.num_attention_groups
-    costs = dataclasses.replace(
-        builders.NOMINAL_COSTS,
-        recompute_attention=float(choice.recompute_attention),
-        recompute_ffn=float(choice.recompute_ffn),
-    )
-    return builders.build(
+    costs = _costs(choice, placement)
+    schedule = builders.build(
         _FORWARD_ONLY if choice.is_file else choice.name,
         placement,
         num_micro_batches=num_micro_batches,
@@ -125,6 +124,36 @@ def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int,
         max_live=None if forward_only else choice.max_live,
         forward_only=forward_only,
     )
+    if choice.redispatch and not forward_only:
+        from megatron_disagmoe.builders.redispatch import redispatching
+
+        schedule = redispatching(schedule, costs)
+    return schedule
+
+
+def _costs(choice: ScheduleChoice, placement: Placement) -> StageCosts:
+    """What builders order by: the plan's stage times, else all stages alike.
+
+    Raises:
+        ValueError: where the plan is for another number of layers, or cannot be read.
+    """
+    from megatron_disagmoe import builders
+
+    if choice.plan is None:
+        return dataclasses.replace(
+            builders.NOMINAL_COSTS,
+            recompute_attention=float(choice.recompute_attention),
+            recompute_ffn=float(choice.recompute_ffn),
+        )
+    from megatron_disagmoe.planner.plan_file import read_plan
+
+    costs = read_plan(choice.plan).costs.stage_costs()
+    if costs.num_layers != placement.num_layers:
+        raise ValueError(
+            f"--af-plan {choice.plan} is for {costs.num_layers} MoE layers, but the model has {placement.num_layers}: "
+            f"make one for it (disagmoe plan --model ...)"
+        )
+    return costs
 
 
 def _from_file(choice: ScheduleChoice, placement: Placement, num_micro_batches: int) -> Schedule:

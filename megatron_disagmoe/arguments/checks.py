@@ -51,8 +51,6 @@ def _not_here(args: argparse.Namespace) -> list[str]:
     errors = []
     if args.af_transport == "nixl" and importlib.util.find_spec("nixl") is None:
         errors.append("--af-transport nixl needs the package nixl, which is not installed: pip install nixl==1.5.1")
-    if args.af_plan is not None:
-        errors.append(f"--af-plan {args.af_plan}: this version cannot do that yet, drop it")
     return errors
 
 

@@ -101,8 +101,10 @@ def settle(args: argparse.Namespace) -> None:
     """Give every AF flag that the command line leaves open its value, in place.
 
     Raises:
-        ValueError: where a schedule file cannot be read or contradicts a flag.
+        ValueError: where a plan or a schedule file cannot be read or contradicts a flag.
     """
+    if args.af_plan is not None:
+        _from_plan(args)
     choice = args.af_schedule
     if choice is not None and choice not in SCHEDULES:
         _from_schedule_file(args)
@@ -113,6 +115,21 @@ def settle(args: argparse.Namespace) -> None:
         args.af_ffn_groups = args.af_attention_groups
     if args.af_ranks_per_node is None:
         args.af_ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _from_plan(args: argparse.Namespace) -> None:
+    """What the plan sets; the command line goes first."""
+    from megatron_disagmoe.planner.plan_file import flags_of, read_plan
+
+    known = {flag.dest: flag for flag in FLAGS}
+    for name, value in flags_of(read_plan(args.af_plan)).items():
+        flag = known.get(name)
+        if flag is None or name == "af_plan":
+            raise ValueError(f"--af-plan {args.af_plan}: flags.--{name.replace('_', '-')}: a plan cannot set that")
+        if type(value) is not flag.type or flag.fault(value):
+            raise ValueError(f"--af-plan {args.af_plan}: flags.{flag.fault(value) or f'{flag.name} {value!r}'}")
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def _from_schedule_file(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ def schedule_choice(args: argparse.Namespace) -> ScheduleChoice:
         redispatch=args.af_redispatch,
         recompute_attention=args.af_recompute in ("attention", "both"),
         recompute_ffn=args.af_recompute in ("ffn", "both"),
+        plan=args.af_plan,
     )
 
 

@@ -74,6 +74,13 @@ class _Times:
             self.weight + other.weight,
         )
 
+    def scaled(self, forward: float, backward: float) -> _Times:
+        """Forward, and what is run again of it, by one factor, gradients by another."""
+        again = self.again * forward
+        return _Times(
+            self.forward * forward, (self.backward - self.again) * backward + again, again, self.weight * backward
+        )
+
 
 @dataclass(frozen=True)
 class StageTable:
@@ -116,6 +123,8 @@ def attention_side(
         times.append(total + _context_parallel_times(model, pool, network, sizes, operations))
         kept.append(stage_bytes(model, stage=stage, recompute=sizes.recompute, width=width) * tokens)
     index = np.array(table.alike)
+    measured = pool.gpu.calibration
+    times = [each.scaled(measured.attention, measured.attention * measured.backward) for each in times]
     whole = max(stage_bytes(model, stage=stage, recompute=Recompute.NONE, width=width) for stage in table.like)
     return AttentionSide(
         forward=np.array([each.forward for each in times])[index],

@@ -58,6 +58,14 @@ def _named(kind: Literal["gpus", "efficiency"]) -> BeforeValidator:
     return BeforeValidator(lambda value: read_mapping(find_config(kind, value)) if isinstance(value, str) else value)
 
 
+class Calibration(Strict):
+    """What measured times are over those that peaks and curves give; ``disagmoe plan --profile`` fits them."""
+
+    attention: Quantity = 1.0
+    ffn: Quantity = 1.0
+    backward: Quantity = 1.0
+
+
 class Gpu(Strict):
     """One accelerator. ``reserved_memory_gb`` is kept for the context, communicators and fragmentation.
 
@@ -73,6 +81,7 @@ class Gpu(Strict):
     memory_bandwidth_gb_per_s: Quantity
     stage_overhead_us: QuantityOrZero
     efficiency: Annotated[Efficiency, _named("efficiency")]
+    calibration: Calibration = Calibration()
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
@@ -124,6 +133,7 @@ class Network(Strict):
     ``oversubscription``: bandwidth below a leaf over bandwidth above it. ``cross_rail_forwarding``: a message takes
     NVLink to the GPU on the receiver's rail first (NCCL's PXN), so that it stays on one rail.
     ``shared_nics``: any GPU may use any NIC of its node; otherwise each uses its own equal share.
+    ``calibration``: measured times of transfers over those that bandwidths give, latencies apart.
     """
 
     efficiency: Fraction
@@ -134,16 +144,22 @@ class Network(Strict):
     nodes_per_leaf: CountOrZero = 0
     oversubscription: Annotated[Quantity, Field(ge=1)] = 1.0
     shared_nics: bool = True
+    calibration: Quantity = 1.0
 
 
 class Cluster(Strict):
-    """Pools of nodes and what joins them. ``storage_gb_per_s`` is what checkpoints are written and read at."""
+    """Pools of nodes and what joins them.
+
+    ``storage_gb_per_s``: what checkpoints are written and read at. ``step_overhead_s``: what a step takes beside its
+    pipeline, gradient reduction and optimizer; ``disagmoe plan --profile`` measures it.
+    """
 
     name: str = Field(min_length=1)
     sources: tuple[str, ...] = ()
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
     network: Network
     storage_gb_per_s: Quantity
+    step_overhead_s: QuantityOrZero = 0.0
 
     @model_validator(mode="after")
     def _nodes_can_talk(self) -> Self:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.evaluate import Evaluation
-from megatron_disagmoe.planner.planning import LevelSearch, Request, best_analytic
+from megatron_disagmoe.planner.planning import Request, plan
 from megatron_disagmoe.planner.rerank import Ranked
 from megatron_disagmoe.planner.states import StateBytes
+
+#: Candidates that the event engine ranks where a plan is only made for comparison.
+_KEEP = 2
 
 
 @dataclass(frozen=True)
@@ -100,22 +101,17 @@ def _more_exact(request: Request, state: StateBytes) -> list[int]:
 
 
 def _reason(what: str, ranked: Ranked, request: Request, without: Request) -> str:
-    # Compared with the same analytic time, and at the same bytes per parameter where those are not the question.
+    """Both times with real schedules; at the same bytes per parameter, where those are not the question."""
     space = without.space
-    if space.bytes_per_parameter == request.space.bytes_per_parameter and ranked.evaluation.problem.state is not None:
-        total = ranked.evaluation.problem.state.total
-        without = replace(without, space=replace(space, bytes_per_parameter=(total,)))
-    here = ranked.evaluation.step_seconds
+    if space.bytes_per_parameter == request.space.bytes_per_parameter:
+        space = replace(space, bytes_per_parameter=(ranked.evaluation.problem.state.total,))
     try:
-        other = best_analytic(without)
+        others = plan(replace(without, space=space, keep=_KEEP)).ranked
     except ValueError:
-        other = None
-    if other is None or not np.isfinite(other.seconds):
+        others = ()
+    if not others:
         return f"{what}: without it nothing fits"
-    change = other.seconds / here - 1
+    change = others[0].step_seconds / ranked.step_seconds - 1
     if change < 0.005:
-        return f"{what}: costs nothing here; without it {other.seconds:.4g} s"
-    return f"{what}: the best plan without it takes {other.seconds:.4g} s ({change:+.0%})"
-
-
-__all__ = ["LevelSearch", "Use", "binding", "reasons", "uses"]
+        return f"{what}: costs nothing; without it {others[0].step_seconds:.4g} s"
+    return f"{what}: the best plan without it takes {others[0].step_seconds:.4g} s ({change:+.0%})"

@@ -73,6 +73,10 @@ def ffn_side(
         one = moved / (pool.nvlink_gb_per_s * 1e9 * pool.nvlink_efficiency) + network.local_latency_us * 1e-6
         repeated = one if recompute is Recompute.FULL else np.zeros(rows.shape)
         forward, backward, again = forward + 2 * one, backward + 2 * one + repeated, again + repeated
+    measured = pool.gpu.calibration
+    gradients = measured.ffn * measured.backward
+    backward = (backward - again) * gradients + again * measured.ffn
+    forward, again, weight = forward * measured.ffn, again * measured.ffn, weight * gradients
     whole = expert_bytes(model, recompute=Recompute.NONE, width=width, tensor_parallel=tensor_parallel)
     kept = expert_bytes(model, recompute=recompute, width=width, tensor_parallel=tensor_parallel)
     return FfnSide(forward, backward, again, weight, kept * rows, whole * rows)

@@ -27,6 +27,11 @@ class LayeredCosts(StageCosts):
             assert math.isfinite(time), "whoever makes them checks them"
             assert time >= 0, "whoever makes them checks them"
 
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.forward_times) // 2
+
     def forward(self, stage: int, *, num_layers: int) -> float:
         del num_layers
         return self.forward_times[stage]
@@ -34,6 +39,10 @@ class LayeredCosts(StageCosts):
     def input_gradient(self, stage: int, *, num_layers: int) -> float:
         del num_layers
         return self.backward_times[stage] - self.weight_times[stage]
+
+    def dispatched_again(self, stage: int, *, num_layers: int) -> float:
+        del stage, num_layers
+        return 0.0  # ``backward_times`` has it
 
     def weight_gradient(self, stage: int, *, num_layers: int) -> float:
         del num_layers

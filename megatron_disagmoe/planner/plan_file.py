@@ -6,6 +6,7 @@ where each process sits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -278,6 +279,19 @@ def load_plan(path: str | Path) -> PlanFile:
     if known != FORMAT:
         raise ValueError(f"{path}: format: not a plan of disagmoe plan (expected {FORMAT!r}, got {known!r})")
     return validate(PlanFile, content, source=str(path))
+
+
+@functools.lru_cache(maxsize=4)
+def read_plan(path: str) -> PlanFile:
+    """``--af-plan``: as ``load_plan``, remembered.
+
+    Raises:
+        ValueError: not readable, or naming the field that is wrong.
+    """
+    try:
+        return load_plan(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--af-plan {path}: {error}") from None
 
 
 def save_plan(plan: PlanFile, path: str | Path) -> None:

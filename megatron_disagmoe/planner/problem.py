@@ -90,7 +90,8 @@ class Problem:
         """Packing and unpacking of one layer on an attention GPU that holds ``tokens``; backward takes as long."""
         pool = self.attention_pool
         numbers = packing_numbers(self.model, copies=rows)
-        return Timer(pool.gpu).memory(numbers * tokens * pool.gpu.bytes_per_number)
+        seconds = Timer(pool.gpu).memory(numbers * tokens * pool.gpu.bytes_per_number)
+        return seconds * pool.gpu.calibration.attention
 
     def node_rates(self) -> tuple[float, float]:
         """Bytes per second that a node of either side moves to others."""

@@ -1,14 +1,17 @@
 """The best candidates again, exactly: schedules built and run by the event engine, their live activations counted.
 
-Builders get the number of live activations that memory allows as a cap, and choose G themselves.
+Builders get the number of live activations that memory allows as a cap, and choose G themselves. What cannot beat the
+best so far, by its lower bound, is not built.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_disagmoe import builders
+from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.planner.allocation import ScheduleKind
 from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory, allocation_of, evaluate
 from megatron_disagmoe.planner.search import TIE, Found
@@ -55,7 +58,11 @@ def rerank(found: Found, *, progress: Callable[[int, int], None] | None = None) 
         evaluation = evaluate(problem, allocation_of(problem, found.candidates, at))
         chosen = evaluation.allocation.schedule
         tried = kinds if chosen != "sequential" else [chosen]
-        ranked += [each for kind in tried if (each := rank(evaluation, kind)) is not None]
+        for kind in tried:
+            bound = evaluate(problem, replace(evaluation.allocation, schedule=kind)).fill_bound
+            best = min((each.step_seconds for each in ranked), default=math.inf)
+            if bound + evaluation.synchronise_seconds < best and (each := rank(evaluation, kind)) is not None:
+                ranked.append(each)
         if progress:
             progress(at + 1, len(found.seconds))
     return in_order(ranked)
@@ -125,6 +132,8 @@ def _built(evaluation: Evaluation, *, group_size: int | None, max_live: int | No
         group_size=None if kind == "sequential" else group_size,
         max_live=max_live,
     )
+    if evaluation.allocation.redispatch:
+        schedule = redispatching(schedule, evaluation.costs)
     live = peak_live(schedule)
     tail = schedule.placement.tail_group
     run = simulate_orders(Orders.of(schedule), evaluation.costs)

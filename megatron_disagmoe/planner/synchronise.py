@@ -50,7 +50,7 @@ def shard(copies: Floats, *, distributed: bool) -> Floats:
 
 
 def synchronise_seconds(problem: Problem, candidates: Candidates, links: Links) -> Floats:
-    """Seconds after the pipeline."""
+    """Seconds after the pipeline, and what else a step takes."""
     c, state, distributed = candidates, problem.state, problem.space.distributed_optimizer
     p = parameters_of(problem, candidates)
     a_pool, f_pool = problem.attention_pool, problem.ffn_pool
@@ -68,7 +68,8 @@ def synchronise_seconds(problem: Problem, candidates: Candidates, links: Links) 
     bytes_per_parameter = 2 * state.total
     a_step = Timer(a_pool.gpu).memory(p.attention / shard(p.attention_copies, distributed=distributed))
     f_step = Timer(f_pool.gpu).memory(p.ffn / shard(p.ffn_copies, distributed=distributed))
-    return np.maximum(network, nvlink) + bytes_per_parameter * np.maximum(a_step, f_step)
+    reduced = np.maximum(network, nvlink)
+    return reduced + bytes_per_parameter * np.maximum(a_step, f_step) + problem.cluster.step_overhead_s
 
 
 def _different(problem: Problem, candidates: Candidates, links: Links, copies: Floats) -> tuple[Floats, Bools]:

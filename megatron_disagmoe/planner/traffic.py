@@ -130,14 +130,16 @@ def transfer_times(
     def one(off: Floats, on: Floats, spine: Floats) -> Floats:
         at_a = np.maximum(off * spine / ends.attention_nic, on / nvlink_rate(attention_pool)) / ends.attention_gpus
         at_f = np.maximum(off * spine / ends.ffn_nic, on / nvlink_rate(ffn_pool)) / ends.ffn_gpus
-        return np.maximum(at_a, imbalance * at_f) + _latency(network, off)
+        return np.maximum(at_a, imbalance * at_f) * network.calibration + _latency(network, off)
 
     lane = np.maximum(volumes.lane_off * n2m_spine / ends.attention_nic, volumes.lane_on / nvlink_rate(attention_pool))
     there = volumes.lane_off + volumes.lane_on > 0
     return TransferTimes(
         m2n=one(volumes.m2n_off, volumes.m2n_on, m2n_spine),
         n2m=one(volumes.n2m_off, volumes.n2m_on, n2m_spine),
-        lane=np.where(there, lane / ends.attention_gpus + _latency(network, volumes.lane_off), 0.0),
+        lane=np.where(
+            there, lane / ends.attention_gpus * network.calibration + _latency(network, volumes.lane_off), 0.0
+        ),
     )
 
 

@@ -1,0 +1,212 @@
+"""``disagmoe plan``: the fastest allocation of a model on a cluster that fits, as a file that ``--af-plan`` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit, err_console
+from megatron_disagmoe.cli.plan_options import executable_space, space_of
+from megatron_disagmoe.cli.plan_report import render_infeasible, render_plan, rows_of_alternatives
+from megatron_disagmoe.planner.allocation import Job
+from megatron_disagmoe.planner.cluster_import import load_cluster
+from megatron_disagmoe.planner.explain import binding, reasons, uses
+from megatron_disagmoe.planner.model_import import load_model
+from megatron_disagmoe.planner.plan_file import PlanFile, load_plan, save_plan
+from megatron_disagmoe.planner.plan_making import plan_of
+from megatron_disagmoe.planner.planning import Outcome, Request, default_batch
+from megatron_disagmoe.planner.planning import plan as make_plan
+from megatron_disagmoe.planner.sensitivity import Diagnosis, Variation, diagnose
+from megatron_disagmoe.planner.sensitivity import sensitivity as vary
+from megatron_disagmoe.planner.verify import verify_plan
+
+#: Above this many GPUs a sensitivity table takes minutes; it is made when asked for.
+_MANY_GPUS = 1024
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, invoke_without_command=True)
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Shipped name, YAML, config.json, or Megatron flags.", show_default=False)
+]
+ClusterOption = Annotated[str | None, typer.Option("--cluster", help="Shipped name or YAML.", show_default=False)]
+
+
+@app.callback()
+def plan(
+    ctx: typer.Context,
+    model: ModelOption = None,
+    cluster: ClusterOption = None,
+    seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence.", show_default=False)] = None,
+    global_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a step.", show_default="8 x 4096 tokens a GPU")
+    ] = None,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a micro-batch on a rank.")] = 1,
+    imbalance: Annotated[float, typer.Option(help="Rows of the busiest FFN rank over the mean.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here.", show_default=False)] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the roofline here (.png, .svg).", show_default=False)
+    ] = None,
+    executable: Annotated[bool, typer.Option("--executable", help="Only what this version can run.")] = False,
+    whole_nodes: Annotated[bool, typer.Option("--whole-nodes", help="No node half used.")] = False,
+    equal_depth: Annotated[bool, typer.Option("--equal-depth", help="As many FFN as attention groups.")] = False,
+    no_distributed_optimizer: Annotated[bool, typer.Option("--no-distributed-optimizer")] = False,
+    bytes_per_parameter: Annotated[
+        str | None, typer.Option(help="18,16,14,12,8 or some of them.", show_default="all")
+    ] = None,
+    max_gpus: Annotated[int | None, typer.Option(min=2, help="Use at most this many.", show_default="all")] = None,
+    fix: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE[,VALUE]: allow only these, e.g. ffn_ranks=16,32. May be repeated."),
+    ] = None,
+    keep: Annotated[int, typer.Option(min=1, max=1000, help="Candidates ranked again by simulation.")] = 8,
+    sensitivity: Annotated[
+        bool | None, typer.Option("--sensitivity/--no-sensitivity", help="Vary machine and constraints.")
+    ] = None,
+    why: Annotated[
+        bool, typer.Option("--reasons/--no-reasons", help="Plan again without each lever that is on, to say why it is.")
+    ] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="Fit the efficiencies by trials on this machine.")] = False,
+    trials: Annotated[int, typer.Option(min=1, max=64, help="With --profile: K, most trials.")] = 6,
+    radius: Annotated[int, typer.Option(min=0, max=8, help="With --profile: r, steps away from the seed.")] = 1,
+    cluster_out: Annotated[
+        Path | None, typer.Option(help="With --profile: write the fitted cluster here.", show_default=False)
+    ] = None,
+    as_json: bool = JsonOption,
+) -> None:
+    """Find GPUs, NICs, depth, node placement, schedule and memory levers for a model on a cluster."""
+    if ctx.invoked_subcommand is not None:
+        return
+    with bad_input_exits_2():
+        for flag, value in (("--model", model), ("--cluster", cluster), ("--seq-length", seq_length)):
+            if value is None:
+                raise ValueError(f"{flag} is missing")
+        assert model is not None, "checked above"
+        assert cluster is not None, "checked above"
+        assert seq_length is not None, "checked above"
+        machines = load_cluster(cluster)
+        batch = global_batch_size or default_batch(
+            machines, sequence_length=seq_length, micro_batch_size=micro_batch_size
+        )
+        space = space_of(
+            fixed=fix or [],
+            bytes_per_parameter=bytes_per_parameter,
+            asymmetric=not equal_depth,
+            whole_nodes=whole_nodes,
+            distributed_optimizer=not no_distributed_optimizer,
+            max_gpus=max_gpus,
+        )
+        job = Job(seq_length, batch, micro_batch_size, imbalance)
+        request = Request(load_model(model), machines, job, executable_space(space) if executable else space, keep)
+        if profile:
+            from megatron_disagmoe.profiling.command import plan_by_trials
+
+            plan_by_trials(
+                request, out=out, cluster_out=cluster_out, trials=trials, radius=radius, as_json=as_json
+            )
+            return
+        with _progress() as report:
+            outcome = make_plan(request, progress=report)
+            if not outcome.ranked:
+                diagnosis = diagnose(request)
+            else:
+                planned = plan_of(outcome.ranked[0], reasons=reasons(outcome.ranked[0], request) if why else ())
+                many = machines.num_gpus > _MANY_GPUS
+                asked = sensitivity if sensitivity is not None else not (as_json or many)
+                varied = vary(request) if asked else []
+        if not outcome.ranked:
+            _no_plan(request, diagnosis, outcome, as_json=as_json)
+        if out is not None:
+            save_plan(planned, out)
+        if picture is not None:
+            from megatron_disagmoe.planner.picture import draw_roofline
+
+            draw_roofline(outcome.ranked[0], picture)
+    result = _as_json(outcome, planned, varied) | {"out": str(out) if out else None}
+    emit(result, as_json=as_json, render=lambda console: render_plan(console, outcome, planned, varied))
+    if out is not None and not as_json:
+        err_console.print(f"plan written to {out}", highlight=False)
+
+
+def _as_json(outcome: Outcome, planned: PlanFile, varied: list[Variation]) -> dict[str, Any]:
+    best, sizes = outcome.ranked[0], planned.sizes
+    return {
+        "feasible": True,
+        "attention_groups": sizes.attention_groups,
+        "ffn_groups": sizes.ffn_groups,
+        "attention_ranks": sizes.attention_ranks,
+        "ffn_ranks": sizes.ffn_ranks,
+        "replicas": sizes.replicas,
+        "attention_nics": planned.machines.attention_nics,
+        "ffn_nics": planned.machines.ffn_nics,
+        "step_time_s": planned.expected.step_time_s,
+        "memory_gb": {
+            "attention": planned.memory_gb.attention.total,
+            "ffn": planned.memory_gb.ffn.total,
+        },
+        "solve_time_s": outcome.solve_seconds,
+        "rerank_time_s": outcome.rerank_seconds,
+        "candidates_scored": outcome.num_scored,
+        "plan": planned.model_dump(mode="json"),
+        "binding": binding(best),
+        "uses": [dataclasses.asdict(use) for use in uses(best)],
+        "alternatives": rows_of_alternatives(outcome),
+        "sensitivity": [dataclasses.asdict(each) for each in varied],
+    }
+
+
+def _no_plan(request: Request, diagnosis: Diagnosis, outcome: Outcome, *, as_json: bool) -> None:
+    result = {
+        "feasible": False,
+        "why": list(diagnosis.why),
+        "remedies": [dataclasses.asdict(each) for each in diagnosis.remedies],
+        "solve_time_s": outcome.solve_seconds,
+    }
+    emit(result, as_json=as_json, render=lambda console: render_infeasible(console, request, diagnosis))
+    raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A line on standard error for searches that take long; nothing for others."""
+    begin = time.monotonic()
+    with err_console.status("planning") as status:
+
+        def report(what: str, share: float, count: int) -> None:
+            if time.monotonic() - begin > 1:
+                status.update(f"{what}: {share:.0%} ({count:,})")
+
+        yield report
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.", show_default=False)],
+    model: ModelOption = None,
+    cluster: ClusterOption = None,
+    as_json: bool = JsonOption,
+) -> None:
+    """Check a plan for a model and a cluster: sizes, nodes, memory with its real schedule, and what it promises."""
+    with bad_input_exits_2():
+        planned = load_plan(file)
+        errors = verify_plan(planned, load_model(model or planned.model), load_cluster(cluster or planned.cluster))
+
+    def render(console: Console) -> None:
+        for error in errors:
+            console.print(error, markup=False, highlight=False, soft_wrap=True)
+        if not errors:
+            console.print("the plan holds", highlight=False)
+            for line in planned.missing:
+                console.print(f"this version cannot run it yet: {line}", markup=False, highlight=False, soft_wrap=True)
+
+    result = {"ok": not errors, "errors": errors, "runs_here": planned.runs_here, "missing": list(planned.missing)}
+    emit(result, as_json=as_json, render=render)
+    if errors:
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)

@@ -1,0 +1,129 @@
+"""A plan and its model made so small that a few processes of one machine can train them.
+
+What makes a plan run as it does is kept: kinds of attention and layers, uneven depth, schedule, dispatch mode,
+recomputation of whole stages, dispatching again. Sizes shrink; tensor and context parallelism and selective
+recomputation, which this version does not run, go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from megatron_disagmoe.planner.activations import Recompute
+from megatron_disagmoe.planner.allocation import Allocation, Job, NodeLayout
+from megatron_disagmoe.planner.cluster_import import load_cluster
+from megatron_disagmoe.planner.evaluate import evaluate
+from megatron_disagmoe.planner.model_spec import GroupedQueryAttention, LatentAttention, ModelSpec
+from megatron_disagmoe.planner.plan_file import PlanFile
+from megatron_disagmoe.planner.plan_making import plan_of
+from megatron_disagmoe.planner.problem import Problem
+from megatron_disagmoe.planner.rerank import ranked_as_planned
+from megatron_disagmoe.planner.space import Space
+from megatron_disagmoe.planner.states import state_levels
+
+#: Of the small model: heads of 8 numbers, micro-batches of a step for each attention group.
+_HEADS, _HEAD_DIM, _LAYERS, _SEQUENCE = 4, 8, 4, 32
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A small plan, the model it is for, and how many processes it takes."""
+
+    plan: PlanFile
+    model: ModelSpec
+    world_size: int
+
+
+def small_model(model: ModelSpec) -> ModelSpec:
+    """Few layers, narrow; the same kinds of attention, layers and experts."""
+    attention = model.attention
+    small: dict[str, Any]
+    if isinstance(attention, LatentAttention):
+        small = {
+            "kind": "mla",
+            "num_heads": _HEADS,
+            "q_lora_rank": 16 if attention.q_lora_rank else 0,
+            "kv_lora_rank": 16,
+            "qk_head_dim": _HEAD_DIM,
+            "qk_rope_dim": 4,
+            "v_head_dim": _HEAD_DIM,
+        }
+    else:
+        assert isinstance(attention, GroupedQueryAttention), "there are two kinds"
+        grouped = attention.num_query_groups < attention.num_heads
+        small = {
+            "kind": "gqa",
+            "num_heads": _HEADS,
+            "num_query_groups": 2 if grouped else _HEADS,
+            "head_dim": _HEAD_DIM,
+            "qk_norm": attention.qk_norm,
+        }
+    moe = model.moe
+    experts = min(moe.num_experts, 8)
+    return ModelSpec.model_validate(
+        {
+            "name": f"{model.name}, small",
+            "num_layers": _LAYERS + bool(model.dense_layers),
+            "hidden_size": _HEADS * _HEAD_DIM,
+            "vocab_size": 256,
+            "tied_embeddings": model.tied_embeddings,
+            "gated": model.gated,
+            "layer_norm": model.layer_norm,
+            "dense_layers": (0,) if model.dense_layers else (),
+            "dense_ffn_hidden_size": 64 if model.dense_layers else 0,
+            "attention": small,
+            "moe": {
+                "num_experts": experts,
+                "top_k": min(moe.top_k, 2),
+                "ffn_hidden_size": 32,
+                "shared_ffn_hidden_size": 32 if moe.shared_ffn_hidden_size else 0,
+                "shared_gate": moe.shared_gate,
+            },
+        }
+    )
+
+
+def small_allocation(plan: PlanFile) -> Allocation:
+    """At most two groups and two ranks of each kind, in one replica."""
+    s, lever = plan.sizes, plan.levers
+    ratio = Fraction(s.attention_groups, s.ffn_groups)
+    a_groups, f_groups = (min(s.attention_groups, 2),) * 2 if ratio == 1 else ((2, 1) if ratio > 1 else (1, 2))
+    full = {"none": Recompute.NONE, "selective": Recompute.NONE, "full": Recompute.FULL}
+    return Allocation(
+        attention_groups=a_groups,
+        ffn_groups=f_groups,
+        attention_ranks=1 if a_groups == 2 else min(s.attention_ranks, 2),
+        ffn_ranks=min(s.ffn_ranks, 2),
+        nodes=NodeLayout.SPREAD,
+        schedule=plan.schedule.kind,
+        recompute_attention=full[lever.recompute_attention],
+        recompute_ffn=full[lever.recompute_ffn],
+        redispatch=lever.redispatch,
+        dispatch=lever.dispatch,
+    )
+
+
+def rehearsal(plan: PlanFile, model: ModelSpec) -> Rehearsal:
+    """The small plan; planned for as many processes of one machine as it takes."""
+    allocation = small_allocation(plan)
+    laptop = load_cluster("laptop")
+    pool = laptop.pools[0].model_copy(update={"gpus_per_node": allocation.num_gpus})
+    cluster = laptop.model_copy(update={"pools": (pool,)})
+    batch = 8 * allocation.attention_ranks
+    small = small_model(model)
+    problem = Problem(
+        model=small,
+        cluster=cluster,
+        job=Job(_SEQUENCE, batch),
+        space=Space(distributed_optimizer=plan.levers.distributed_optimizer),
+        state=state_levels("fp32")[0],
+    )
+    max_live = None
+    if plan.schedule.max_live is not None:
+        # As short of memory as the plan: what no cap would keep alive, less what the plan's cap cuts off, is not known
+        # here; half of everything is less than any schedule without a cap would keep.
+        max_live = max(2 * _LAYERS // allocation.attention_groups + 2, 8)
+    ranked = ranked_as_planned(evaluate(problem, allocation), group_size=None, max_live=max_live)
+    return Rehearsal(plan_of(ranked), small, allocation.num_gpus)
