@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,17 @@ from rich.console import Console
 
 from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit, err_console
 from megatron_disagmoe.cli.plan_options import executable_space, space_of
-from megatron_disagmoe.cli.plan_report import render_infeasible, render_plan, rows_of_alternatives
+from megatron_disagmoe.cli.plan_report import (
+    drift_json,
+    render_drift,
+    render_infeasible,
+    render_plan,
+    rows_of_alternatives,
+)
 from megatron_disagmoe.planner.allocation import Job
 from megatron_disagmoe.planner.cluster_import import load_cluster
+from megatron_disagmoe.planner.drift import drift as compare
+from megatron_disagmoe.planner.drift import new_plan, parse_mix
 from megatron_disagmoe.planner.explain import binding, reasons, uses
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.plan_file import PlanFile, load_plan, save_plan
@@ -210,3 +219,63 @@ def verify(
     emit(result, as_json=as_json, render=render)
     if errors:
         raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+@app.command()
+def rehearse(
+    file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.", show_default=False)],
+    model: ModelOption = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps to train.")] = 3,
+    as_json: bool = JsonOption,
+) -> None:
+    """Train a plan made small, for a few steps, as processes of this machine."""
+    with bad_input_exits_2(), tempfile.TemporaryDirectory(prefix="disagmoe-rehearse-") as scratch:
+        from megatron_disagmoe.profiling.rehearse import rehearse as try_small
+
+        planned = load_plan(file)
+        found = try_small([(planned, load_model(model or planned.model))], Path(scratch), steps=steps)[0]
+    sizes = found.small.plan.sizes
+    result = {
+        "trained": found.trained,
+        "losses": list(found.losses),
+        "error": found.error,
+        "sizes": sizes.model_dump(),
+        "schedule": found.small.plan.schedule.kind,
+        "flags": found.small.plan.flags,
+    }
+
+    def render(console: Console) -> None:
+        groups = f"A {sizes.attention_groups} x {sizes.attention_ranks}, F {sizes.ffn_groups} x {sizes.ffn_ranks}"
+        console.print(f"{groups}, {found.small.plan.schedule.kind}: losses {list(found.losses)}", highlight=False)
+        if found.error:
+            console.print(found.error, markup=False, highlight=False, soft_wrap=True)
+
+    emit(result, as_json=as_json, render=render)
+    if not found.trained:
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+@app.command()
+def drift(
+    file: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan in use.", show_default=False)],
+    mix: Annotated[str, typer.Option(help="LENGTH:SHARE of the steps, e.g. 4096:0.7,32768:0.3.", show_default=False)],
+    model: ModelOption = None,
+    cluster: ClusterOption = None,
+    remaining_steps: Annotated[int, typer.Option(min=1, help="Steps still to train.")] = 10_000,
+    restart_seconds: Annotated[float, typer.Option(min=0, help="Ending, starting, first steps.")] = 120.0,
+    out: Annotated[Path | None, typer.Option(help="Write the new plan here.", show_default=False)] = None,
+    as_json: bool = JsonOption,
+) -> None:
+    """Say whether re-allocating for a new mix of lengths, or newly measured times, pays for its reshard."""
+    with bad_input_exits_2():
+        planned = load_plan(file)
+        shares = parse_mix(mix)
+        spec, machines = load_model(model or planned.model), load_cluster(cluster or planned.cluster)
+        found = compare(planned, spec, machines, shares, restart_seconds=restart_seconds)
+        if out is not None:
+            save_plan(new_plan(found, planned, spec, machines), out)
+    emit(
+        drift_json(found, remaining_steps) | {"out": str(out) if out else None},
+        as_json=as_json,
+        render=lambda console: render_drift(console, found, remaining_steps),
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_disagmoe.planner.drift import Drift, Mixed
 from megatron_disagmoe.planner.explain import uses
 from megatron_disagmoe.planner.plan_file import MemoryRecord, PlanFile
 from megatron_disagmoe.planner.planning import Outcome, Request
@@ -159,3 +161,56 @@ def render_infeasible(console: Console, request: Request, diagnosis: Diagnosis) 
     for remedy in diagnosis.remedies:
         table.add_row(remedy.change, f"{remedy.seconds:.4g} s")
     console.print(table if diagnosis.remedies else "no single change tried makes it fit")
+
+
+def drift_json(found: Drift, remaining_steps: int) -> dict[str, Any]:
+    """Numbers of a comparison; null where a plan does not fit, or never pays."""
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    def sizes(mixed: Mixed) -> dict[str, Any]:
+        a = mixed.allocation
+        return {
+            "attention_groups": a.attention_groups,
+            "ffn_groups": a.ffn_groups,
+            "attention_ranks": a.attention_ranks,
+            "ffn_ranks": a.ffn_ranks,
+            "replicas": a.replicas,
+            "tensor_parallel": a.tensor_parallel,
+            "context_parallel": a.context_parallel,
+            "expert_tensor_parallel": a.expert_tensor_parallel,
+            "step_time_s": finite(mixed.mean),
+            "by_length": {str(s.length): finite(t) for s, t in zip(found.mix, mixed.seconds, strict=True)},
+        }
+
+    return {
+        "pays": found.pays(remaining_steps),
+        "remaining_steps": remaining_steps,
+        "break_even_steps": finite(found.break_even_steps),
+        "reshard_s": found.reshard_seconds,
+        "checkpoint_gb": found.checkpoint_gb,
+        "current": sizes(found.current),
+        "new": sizes(found.best),
+    }
+
+
+def render_drift(console: Console, found: Drift, remaining_steps: int) -> None:
+    """The two plans by length, and the verdict."""
+    table = Table("plan", *(f"{each.length} ({each.share:.0%})" for each in found.mix), "mean step", box=None)
+    for name, mixed in (("now", found.current), ("best for the mix", found.best)):
+        times = ("does not fit" if math.isinf(t) else f"{t:.4g} s" for t in (*mixed.seconds, mixed.mean))
+        a = mixed.allocation
+        sizes = f"{name}: A {a.attention_groups}x{a.attention_ranks}, F {a.ffn_groups}x{a.ffn_ranks}, R {a.replicas}"
+        table.add_row(sizes + _cut(TP=a.tensor_parallel, CP=a.context_parallel, ETP=a.expert_tensor_parallel), *times)
+    console.print(table)
+    cost = f"a checkpoint of {found.checkpoint_gb:,.0f} GB out and in and a restart take {found.reshard_seconds:.0f} s"
+    if found.break_even_steps == 0:
+        verdict = "the plan in use does not fit this mix: re-allocate"
+    elif math.isinf(found.break_even_steps):
+        verdict = "the plan in use is as good as any"
+    else:
+        verdict = f"re-allocating pays after {math.ceil(found.break_even_steps):,} steps"
+        pays = "does" if found.pays(remaining_steps) else "does not"
+        verdict += f"; for {remaining_steps:,} more it {pays}"
+    console.print(f"{cost}; {verdict}", highlight=False, soft_wrap=True)
