@@ -9,8 +9,8 @@
 PROJECT_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${DISAGMOE_VENV:-$PROJECT_ROOT/.venv}
 
-# Measured on Linux x86-64, where PyTorch from PyPI brings CUDA's libraries. Python's minor versions in order of trust.
-readonly DOWNLOAD_GB=2.9 UNPACKED_GB=5.5 DISK_NEEDED_KB=8500000 PYTHON_MINORS="12 13 14"
+# Python's minor versions in order of trust.
+readonly PYTHON_MINORS="12 13 14" DISK_NEEDED_KB=9500000
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
@@ -30,7 +30,7 @@ python_candidates() {
   for minor in $PYTHON_MINORS; do
     type -aP "python3.$minor" || true
     for directory in "${pyenv_roots[@]}"; do
-      [ -n "$directory" ] && compgen -G "$directory/versions/3.$minor*/bin/python3.$minor"
+      [ -z "$directory" ] || compgen -G "$directory/versions/3.$minor*/bin/python3.$minor" || true
     done
   done
   for name in python3 python; do type -aP "$name" || true; done
@@ -75,13 +75,14 @@ environment_fingerprint() {  # EXTRAS
   ) | cksum
 }
 
-announce_download() {
-  local free
+announce_download() {  # EXTRAS
+  local free download=2.9 unpacked=5.8 # measured on Linux x86-64, where PyTorch from PyPI brings CUDA's libraries
+  [ "$1" != dev ] || download=3.1 unpacked=6.4
   if [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ]; then
-    say "Installing into $VENV: about $DOWNLOAD_GB GB to download (less what pip has in its cache), $UNPACKED_GB GB on disk."
+    say "Installing into $VENV: about $download GB to download (less what pip has in its cache), $unpacked GB on disk."
     say "Most of it is PyTorch with CUDA's libraries, as PyPI has it."
   else
-    say "Installing into $VENV: up to $DOWNLOAD_GB GB to download, most of it PyTorch (measured on Linux x86-64 only)."
+    say "Installing into $VENV: up to $download GB to download, most of it PyTorch (measured on Linux x86-64 only)."
   fi
   free=$(df -Pk "$(dirname "$VENV")" | awk 'NR == 2 {print $4}')
   [ "$free" -ge "$DISK_NEEDED_KB" ] ||
@@ -103,7 +104,7 @@ ensure_environment() {  # EXTRAS
   fi
   if [ ! -d "$VENV" ] || ! compgen -G "$VENV/.disagmoe-installed*" >/dev/null; then
     mkdir -p "$(dirname "$VENV")"
-    announce_download
+    announce_download "$extras"
     [ -d "$VENV" ] || "$python" -m venv "$VENV"
   fi
   "$VENV/bin/python" -m pip install --disable-pip-version-check \
