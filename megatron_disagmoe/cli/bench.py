@@ -243,3 +243,50 @@ def _show_executor(console: Console, rows: list[dict[str, Any]]) -> None:
         names = (row[name] for name in ("group", "schedule", "transport", "dispatch"))
         table.add_row(*names, *(f"{row[name]:.0f}" for name in columns))
     console.print(table)
+
+
+@app.command()
+def planner(
+    out: OutOption = None,
+    part: Annotated[str, typer.Option(help="emulated, real (needs root: hosts are namespaces), or all.")] = "all",
+    links: Annotated[str, typer.Option(help="Of the real part: limits in Gbit/s, with commas.")] = "1,0.5,0.25",
+    repeats: Annotated[int, typer.Option(min=1, help="Steps of each case.")] = 5,
+    as_json: bool = JsonOption,
+) -> None:
+    """Step times as the planner predicts them, beside what processes take."""
+    with bad_input_exits_2(), tempfile.TemporaryDirectory(prefix="disagmoe-bench-") as scratch:
+        from megatron_disagmoe.benchmarks import planner as benchmark
+        from megatron_disagmoe.benchmarks.shaped import options
+
+        if part not in ("emulated", "real", "all"):
+            raise ValueError(f"--part {part}: choose emulated, real or all")
+        limits = [link for link in options.links(links) if link is not None]
+        rows: list[dict[str, Any]] = []
+
+        def tell(text: str) -> None:
+            err_console.print(text, highlight=False)
+
+        if part != "real":
+            rows += benchmark.measure_emulated(Path(scratch) / "emulated", repeats=repeats, progress=tell)
+        if part != "emulated":
+            rows += benchmark.measure_real(Path(scratch) / "real", repeats=repeats, links=limits, progress=tell)
+        result = finish("planner", rows, out)
+    emit(result, as_json=as_json, render=lambda console: _show_planner(console, rows))
+    if not all(row["holds"] for row in rows):
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+def _show_planner(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table("allocation", "predicted", "measured", "error", "holds", box=None)
+    for row in rows:
+        if row["kind"] == "choice":
+            place = f"measured best: {row['measured_best']}, predicted place {row['measured_best_predicted_place']}"
+            table.add_row(f"choice {row['allocation']}", "", place, f"{row['relative_error']:+.1%}", _mark(row))
+            continue
+        times = (f"{row['predicted_s']:.3f} s", f"{row['measured_s']:.3f} s")
+        table.add_row(row["allocation"], *times, f"{row['relative_error']:+.1%}", _mark(row))
+    console.print(table)
+
+
+def _mark(row: dict[str, Any]) -> str:
+    return "yes" if row["holds"] else "no"

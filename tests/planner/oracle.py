@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from megatron_disagmoe.planner.activations import Recompute
@@ -37,6 +37,15 @@ class Nodes:
     ffn_nodes: int
     m2n_span: float
     n2m_span: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """An allocation that fits, its objective, and a time that no schedule of it undercuts."""
+
+    allocation: Allocation
+    seconds: float
+    bound: float
 
 
 class Oracle:
@@ -72,7 +81,7 @@ class Oracle:
 
     def best(self) -> tuple[float, str, int]:
         """The least step time of all allocations (infinite where none fits), whose it is, and how many there were."""
-        times = [(seconds, f"{a} {choice}") for a in self.shapes() for seconds, choice in self.times(a)]
+        times = [(each.seconds, str(each)) for a in self.shapes() for each in self.timed(a)]
         return *min(times, default=(math.inf, "nobody")), len(times)
 
     def shapes(self) -> Iterator[Allocation]:
@@ -108,19 +117,29 @@ class Oracle:
                             expert_tensor_parallel=etp,
                         )
 
-    def times(self, a: Allocation) -> Iterator[tuple[float, object]]:
-        """Step times of everything that can be chosen for a shape and fits."""
+    def timed(self, a: Allocation) -> Iterator[Timed]:
+        """Everything that can be chosen for a shape and fits."""
         s = self.p.space
         for layout, mode in itertools.product(s.layouts, s.dispatch):
             nodes = self.separate(a) if layout is NodeLayout.SEPARATE else self.shared(a, layout)
             if nodes is None or (mode == "per-node" and not nodes.ffn_nodes):
                 continue
-            for rates in self.nic_rates(nodes, layout):
+            for split, rates in enumerate(self.nic_rates(nodes, layout)):
                 transfers = self.transfers(a, nodes, rates, mode)
                 sync = self.synchronise(a, nodes, layout)
                 for recompute, lever, kind in itertools.product(s.recompute_attention, s.ffn_levers, s.schedules):
-                    for seconds, size in self.pipelines(a, transfers, recompute, lever, kind):
-                        yield seconds + sync, (layout, mode, rates, recompute, lever, kind, size)
+                    chosen = replace(
+                        a,
+                        nodes=layout,
+                        dispatch=mode,
+                        nic_split=split,
+                        recompute_attention=recompute,
+                        recompute_ffn=lever[0],
+                        redispatch=lever[1],
+                        schedule=kind,
+                    )
+                    for seconds, bound, size in self.pipelines(a, transfers, recompute, lever, kind):
+                        yield Timed(replace(chosen, group_size=size), seconds + sync, bound + sync)
 
     def separate(self, a: Allocation) -> Nodes | None:
         """Sides on nodes of their own."""
@@ -301,15 +320,15 @@ class Oracle:
         recompute: Recompute,
         lever: tuple[Recompute, bool],
         kind: str,
-    ) -> Iterator[tuple[float, int]]:
-        """Seconds of the pipeline at every G that fits."""
+    ) -> Iterator[tuple[float, float, int]]:
+        """Seconds of the pipeline at every G that fits, and what no schedule is faster than."""
         side = self.attention(a.tensor_parallel, a.context_parallel, recompute)
         ffn = self.ffn(a.attention_ranks, a.ffn_ranks, a.expert_tensor_parallel, lever[0])
         run = _Run(self, a, side, ffn, transfers, again=lever[1], split=kind == "split-backward")
         n = a.num_micro_batches(self.p.job)
         if kind == "sequential":
             if self.fits(a, side, ffn, transfers, lever[1], lambda p, g, side: (self.layers - 1 - g) // p + 1):
-                yield n * run.whole_path(), 1
+                yield n * run.whole_path(), run.fill_bound(n), 1
             return
         fill: float | None = None
         for size in range(1, n + 1):
@@ -319,7 +338,7 @@ class Oracle:
             if self.fits(a, side, ffn, transfers, lever[1], self.live_count(a, g, n)):
                 if fill is None:
                     fill = run.fill_bound(n)
-                yield max(fill + run.waiting(g), run.residence(g, n)), g
+                yield max(fill + run.waiting(g), run.residence(g, n)), fill, g
 
     def live_count(self, a: Allocation, g: int, n: int) -> LiveCount:
         """``live`` of one allocation and G."""
