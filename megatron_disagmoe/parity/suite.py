@@ -143,12 +143,10 @@ def _models() -> dict[str, Case]:
 
 
 def _course() -> dict[str, Case]:
-    """What happens along a run: evaluation, growing batches, schedules of rates."""
-    evaluation = "--eval-interval 3 --eval-iters 2 --eval-micro-batch-size 3 --eval-global-batch-size 12"
+    """What happens along a run: evaluation, iterations left out, schedules of rates."""
+    evaluation = "--eval-interval 3 --eval-iters 2 --eval-global-batch-size 12"
     return {
         "evaluation": _short(evaluation, attention_groups=2, attention_ranks=2),
-        "ramp-up": _short("--rampup-batch-size 4 4 24 --global-batch-size 16 --lr 3e-3", attention_ranks=2, steps=10),
-        "ramp-up-n2": _short("--rampup-batch-size 4 2 24 --global-batch-size 12 --lr 3e-3", ffn_ranks=2, steps=10),
         "skipped-iterations": _short("--iterations-to-skip 2 3", attention_ranks=2),
         "one-micro-batch": _short("--global-batch-size 2", attention_groups=2, steps=10),
         "wsd": _short(
