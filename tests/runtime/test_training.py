@@ -1,38 +1,85 @@
-"""Training under different schedules: the same sums in the same order give the same bits, however work is laid out."""
+"""Training under different schedules: the same sums in the same order give the same bits, however work is laid out.
+
+Every pair below is compared step by step, losses and gradient norms, for equality.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from megatron_disagmoe import builders
 from megatron_disagmoe.parity.step_values import StepValues
-from tests.runtime.jobs import STEPS, Training, train
+from megatron_disagmoe.schedules.actions import Placement
+from megatron_disagmoe.schedules.text import save
+from tests.runtime.jobs import MICRO_BATCHES, NUM_LAYERS, STEPS, Training, train
+from tests.runtime.redispatch import redispatching
 
-_EVERYTHING = (
+#: Shared experts, a dense layer first, auxiliary losses; the embedding is tied.
+_RICH = (
     "--moe-shared-expert-intermediate-size 32 --moe-layer-freq [0,1,1,1] --moe-router-load-balancing-type aux_loss "
     "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 "
 )
-JOBS = {
-    "whole": Training(2, _EVERYTHING),
-    "split": Training(2, _EVERYTHING + "--af-schedule split-backward"),
+_BF16 = "--bf16 --use-distributed-optimizer --untie-embeddings-and-output-weights --add-qkv-bias "
+_BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-load-balancing-type none "
+_DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1 "
+_SPLIT = "--af-schedule split-backward "
+_A1F2, _A2F1 = "--af-attention-groups 1 --af-ffn-groups 2 ", "--af-attention-groups 2 --af-ffn-groups 1 "
+
+#: What is compared with what.
+SAME = {
+    "split": "whole",
+    "recompute": "whole",
+    "redispatch": "whole",
+    "file": "whole",
+    "uneven-all": "uneven",
+    "bf16-split": "bf16",
+    "dropout-recompute": "dropout",
 }
+
+
+def _jobs(file: Path) -> dict[str, Training]:
+    return {
+        "whole": Training(2, _RICH),
+        "split": Training(2, _RICH + _SPLIT),
+        "recompute": Training(2, _RICH + _SPLIT + "--af-recompute both"),
+        "redispatch": Training(2, _RICH + "--af-redispatch"),
+        "file": Training(2, f"{_RICH} --af-schedule {file} --af-recompute attention"),
+        "uneven": Training(3, _A1F2 + _BIAS),
+        "uneven-all": Training(3, _A1F2 + _BIAS + _SPLIT + "--af-redispatch --af-recompute both"),
+        "bf16": Training(3, _A2F1 + _BF16),
+        "bf16-split": Training(3, _A2F1 + _BF16 + _SPLIT),
+        "dropout": Training(2, _DROPOUT),
+        "dropout-recompute": Training(2, _DROPOUT + "--af-recompute both"),
+    }
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[StepValues]]:
     """What every job's steps gave."""
-    found, results = train(JOBS, tmp_path_factory.mktemp("training"))
+    folder = tmp_path_factory.mktemp("training")
+    schedule = builders.build(
+        "split-backward",
+        Placement.round_robin(num_layers=NUM_LAYERS - 1, num_attention_groups=1, num_ffn_groups=1),
+        num_micro_batches=MICRO_BATCHES,
+        costs=builders.NOMINAL_COSTS,
+    )
+    save(redispatching(schedule, every=2), folder / "schedule.txt")
+    found, results = train(_jobs(folder / "schedule.txt"), folder)
     for result in results.values():
         result.checked()
     return found
 
 
-@pytest.mark.parametrize("name, same_as", [("split", "whole")])
+@pytest.mark.parametrize("name, same_as", SAME.items())
 def test_equal_bit_for_bit(steps: dict[str, list[StepValues]], name: str, same_as: str) -> None:
     assert len(steps[name]) == STEPS
-    assert steps[name] == steps[same_as]
+    assert [(s.loss, s.grad_norm) for s in steps[name]] == [(s.loss, s.grad_norm) for s in steps[same_as]]
 
 
-def test_losses_fall(steps: dict[str, list[StepValues]]) -> None:
-    losses = [step.loss for step in steps["whole"]]
-    assert None not in losses
-    assert losses[-1] < losses[0]  # type: ignore[operator]
+@pytest.mark.parametrize("name", ["whole", "uneven", "bf16", "dropout"])
+def test_losses_fall(steps: dict[str, list[StepValues]], name: str) -> None:
+    losses = [step.loss for step in steps[name] if step.loss is not None]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
