@@ -16,22 +16,17 @@ keys) is exchanged through torch's store only.
 
 NIXL's own progress thread spins on a core, so we run without it: a thread of ours makes progress every
 millisecond while something is under way, and whoever waits makes progress too. So over TCP a millisecond's worth
-of data has to fit the socket buffers, and one round of progress has to move it (``_UCX_DEFAULTS``).
+of data has to fit the socket buffers, and one round of progress has to move it (``nixl_library``).
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import logging
-import os
-import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,16 +46,26 @@ from megatron_disagmoe.transport.base import (
     check_message,
     check_same_spec,
 )
+from megatron_disagmoe.transport.nixl_library import import_nixl, nixl_errors
 from megatron_disagmoe.transport.nixl_memory import RegisteredMemory, Slot
+from megatron_disagmoe.transport.nixl_messages import Recv, RecvPair, Send, SendPair, SendState
+from megatron_disagmoe.transport.nixl_protocol import (
+    ANNOUNCE,
+    ANNOUNCE_BODY,
+    DATA,
+    ENVELOPE,
+    OFFER,
+    OFFER_BODY,
+    PING,
+    Offer,
+    agent_name,
+    agent_rank,
+    envelope,
+    packed_offsets,
+    worst_case,
+)
 from megatron_disagmoe.transport.wire import Layout, Where, place, view_section
 
-_OFFER, _ANNOUNCE, _DATA, _PING = b"O", b"A", b"D", b"P"
-#: kind, channel number, sequence number
-_ENVELOPE = struct.Struct("<cIQ")
-#: slot address, capacity, metadata generation, spec digest
-_OFFER_BODY = struct.Struct("<QQIQ")
-#: payload bytes, spec digest; the header record follows
-_ANNOUNCE_BODY = struct.Struct("<QQ")
 #: Seconds between polls: by our thread while something is under way, and when nothing is; by a waiting rank
 #: (from the first to the second, doubling, so that a short wait is short and a long one leaves the cores alone).
 _POLL_SECONDS, _IDLE_POLL_SECONDS = 0.001, 0.02
@@ -69,99 +74,8 @@ _WAIT_POLL_SECONDS = (0.00005, 0.001)
 _BYE_SECONDS = 10.0
 #: How often a waiting rank checks that the peer still lives.
 _PING_SECONDS = 1.0
-_ALIGN = 64
-#: Settings of UCX for TCP where the environment says nothing: reads of a ready socket a round, and socket buffers.
-_UCX_DEFAULTS = {"UCX_TCP_MAX_POLL": "128", "UCX_TCP_SNDBUF": "2m", "UCX_TCP_RCVBUF": "2m"}
 #: Transports of one process, counted, so that a second one finds no keys of the first in the store.
 _INSTANCES = itertools.count()
-
-
-class _Offer(NamedTuple):
-    address: int
-    capacity: int
-    generation: int
-
-
-@dataclass(eq=False)
-class _SendState:
-    """One message on its way out."""
-
-    pair: _SendPair
-    where: Where
-    sequence: int
-    size: int
-    slot: Slot | None
-    ready: torch.cuda.Event | None = None
-    handle: Any = None
-    done: bool = False
-    error: TransportError | None = None
-
-
-@dataclass(eq=False)
-class _SendPair:
-    """What this rank knows about one target on one channel; ``offers`` by sequence number."""
-
-    layout: Layout
-    number: int
-    peer: int
-    sequence: int = 0
-    offers: dict[int, _Offer] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _RecvPair:
-    """What this rank knows about one source on one channel, by sequence number; ``capacity``: of the next slot."""
-
-    layout: Layout
-    number: int
-    peer: int
-    capacity: int
-    sequence: int = 0
-    expected: dict[int, _Recv] = field(default_factory=dict)
-
-
-class _Send(SendHandle):
-    """The tensors were copied into registered memory, so they are free at once."""
-
-    def __init__(self, state: _SendState) -> None:
-        self._state = state
-
-    def wait(self) -> None:
-        if self._state.error is not None:
-            raise self._state.error
-
-
-class _Recv(RecvHandle):
-    """One posted receive."""
-
-    def __init__(self, transport: NixlTransport, channel: ChannelSpec, key: TransferKey, pair: _RecvPair) -> None:
-        self.transport, self.channel, self.key, self.pair = transport, channel, key, pair
-        self.sequence = pair.sequence
-        self.slot: Slot | None = None
-        self.record: torch.Tensor | None = None
-        self.size: int | None = None
-        self.has_data = False
-        self.error: TransportError | None = None
-        self.message: Message | None = None
-
-    @property
-    def where(self) -> Where:
-        return place(self.channel, self.key, me=self.transport.rank, peer=self.pair.peer, receiving=True)
-
-    @property
-    def is_here(self) -> bool:
-        return self.error is not None or self.size == 0 or (self.size is not None and self.has_data)
-
-    def wait(self) -> Message:
-        if self.message is None:
-            self.message = self.transport._complete(self)
-        return self.message
-
-    def release(self) -> None:
-        self.message = None
-        slot, self.slot = self.slot, None
-        if slot is not None:
-            self.transport._give_back(slot)
 
 
 class NixlTransport(Transport):
@@ -186,8 +100,8 @@ class NixlTransport(Transport):
         store: Store | None = None,
     ) -> None:
         super().__init__(channels, timeout_seconds=timeout_seconds)
-        self._api = _import_nixl()
-        self._errors = _nixl_errors()
+        self._api = import_nixl()
+        self._errors = nixl_errors()
         self.device = device
         self.rank = dist.get_rank()
         self._store = PrefixStore(f"af-nixl-{next(_INSTANCES)}", store or _get_default_store())
@@ -195,17 +109,17 @@ class NixlTransport(Transport):
         mine = [channel for channel in channels if self.rank in channel.ranks]
         self._peers = sorted({rank for channel in mine for rank in channel.ranks} - {self.rank})
         self._agent = self._api.nixl_agent(
-            _agent_name(self.rank), self._api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+            agent_name(self.rank), self._api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         )
         self._generation = 0
         self._known_generation = dict.fromkeys(self._peers, 0)
         self._sending = RegisteredMemory(self._agent, device=device)
         self._receiving = RegisteredMemory(self._agent, device=device, publish=self._publish)
-        self._send_pairs: dict[tuple[int, int], _SendPair] = {}
-        self._recv_pairs: dict[tuple[int, int], _RecvPair] = {}
+        self._send_pairs: dict[tuple[int, int], SendPair] = {}
+        self._recv_pairs: dict[tuple[int, int], RecvPair] = {}
         self._early: dict[tuple[int, int], list[bytes]] = {}
-        self._queued: deque[_SendState] = deque()
-        self._active: list[_SendState] = []
+        self._queued: deque[SendState] = deque()
+        self._active: list[SendState] = []
         self._num_expected = 0
         self._lost: dict[int, TransportError] = {}
         self._error: TransportError | None = None
@@ -229,9 +143,9 @@ class NixlTransport(Transport):
             self._raise_if_lost(where, peer)
             pair = self._send_pair(channel, peer, spec)
             check_same_spec(channel, peer, pair.layout.spec, spec)
-            offsets, size = _offsets(spec, rows)
+            offsets, size = packed_offsets(spec, rows)
             slot = self._sending.take(size) if size else None
-        state = _SendState(pair, where, pair.sequence, size, slot)
+        state = SendState(pair, where, pair.sequence, size, slot)
         if slot is not None:
             for tensor, section, count, offset in zip(message.sections, spec.sections, rows, offsets, strict=True):
                 if count:
@@ -241,9 +155,9 @@ class NixlTransport(Transport):
                 state.ready = torch.cuda.Event()
                 state.ready.record(torch.cuda.current_stream(self.device))
         record = pair.layout.pack(key, pair.sequence, message, rows)
-        body = _ANNOUNCE_BODY.pack(size, pair.layout.digest) + record.numpy().tobytes()
+        body = ANNOUNCE_BODY.pack(size, pair.layout.digest) + record.numpy().tobytes()
         with self._lock:
-            self._notify(peer, where, _envelope(_ANNOUNCE, pair.number, pair.sequence) + body, expected=size)
+            self._notify(peer, where, envelope(ANNOUNCE, pair.number, pair.sequence) + body, expected=size)
             pair.sequence += 1
             self.traffic[channel.name].add(spec, rows, header=len(body))
             if slot is None:
@@ -251,7 +165,7 @@ class NixlTransport(Transport):
             else:
                 self._queued.append(state)
         self._wake.set()
-        return _Send(state)
+        return Send(state)
 
     def flush(self) -> None:
         deadline = time.monotonic() + self.timeout_seconds
@@ -270,11 +184,11 @@ class NixlTransport(Transport):
                 )
             time.sleep(pause)
 
-    def _send_pair(self, channel: ChannelSpec, peer: int, spec: MessageSpec) -> _SendPair:
+    def _send_pair(self, channel: ChannelSpec, peer: int, spec: MessageSpec) -> SendPair:
         number = self._numbers[channel.name]
         pair = self._send_pairs.get((number, peer))
         if pair is None:
-            pair = self._send_pairs[number, peer] = _SendPair(Layout.of(spec, on_host=False), number, peer)
+            pair = self._send_pairs[number, peer] = SendPair(Layout.of(spec, on_host=False), number, peer)
             self._replay(number, peer)
         return pair
 
@@ -286,10 +200,10 @@ class NixlTransport(Transport):
             pair = self._recv_pairs.get((number, peer))
             if pair is None:
                 layout = Layout.of(spec, on_host=False)
-                pair = _RecvPair(layout, number, peer, capacity=max(1, _worst_case(spec) // 4))
+                pair = RecvPair(layout, number, peer, capacity=max(1, worst_case(spec) // 4))
                 self._recv_pairs[number, peer] = pair
             check_same_spec(channel, peer, pair.layout.spec, spec)
-            recv = _Recv(self, channel, key, pair)
+            recv = Recv(self, channel, key, pair)
             self._raise_if_lost(recv.where, peer)
             pair.expected[recv.sequence] = recv
             pair.sequence += 1
@@ -300,16 +214,16 @@ class NixlTransport(Transport):
         self._wake.set()
         return recv
 
-    def _offer(self, recv: _Recv, size: int) -> None:
+    def _offer(self, recv: Recv, size: int) -> None:
         pair = recv.pair
         recv.slot = self._receiving.take(size)
         slot = recv.slot
-        body = _OFFER_BODY.pack(slot.address, slot.capacity, slot.generation, pair.layout.digest)
-        self._notify(pair.peer, recv.where, _envelope(_OFFER, pair.number, recv.sequence) + body, expected=size)
+        body = OFFER_BODY.pack(slot.address, slot.capacity, slot.generation, pair.layout.digest)
+        self._notify(pair.peer, recv.where, envelope(OFFER, pair.number, recv.sequence) + body, expected=size)
 
-    def _complete(self, recv: _Recv) -> Message:
+    def _complete(self, recv: Recv) -> Message:
         """Wait for a whole message."""
-        worst = _worst_case(recv.pair.layout.spec)
+        worst = worst_case(recv.pair.layout.spec)
         start = time.monotonic()
         ping = start + _PING_SECONDS
         for pause in _pauses():
@@ -327,27 +241,31 @@ class NixlTransport(Transport):
                     )
                 if now > ping:
                     ping = now + _PING_SECONDS
-                    self._notify(recv.pair.peer, recv.where, _envelope(_PING, 0, 0), expected=worst)
+                    self._notify(recv.pair.peer, recv.where, envelope(PING, 0, 0), expected=worst)
             time.sleep(pause)
         if recv.error is not None:
             raise recv.error
         assert recv.record is not None
         layout = recv.pair.layout
         message, rows = layout.unpack(recv.where, recv.key, recv.sequence, recv.record)
-        offsets, size = _offsets(layout.spec, rows)
+        offsets, size = packed_offsets(layout.spec, rows)
         if size != recv.size:
             raise TransportError(f"{recv.where}: expected {size} bytes by the counts, had {recv.size}")
         sections = [section.to(self.device) for section in message.sections]
-        for i, offset in enumerate(offsets):
-            if rows[i]:
-                assert recv.slot is not None
-                end = offset + rows[i] * layout.spec.sections[i].row_bytes
-                sections[i] = view_section(recv.slot.buffer[offset:end], layout.spec, i, rows[i])
+        if recv.slot is not None:
+            buffer = recv.slot.buffer
+            if self.device.type == "cpu":
+                recv.memory = buffer.numpy()[:]
+                buffer = torch.from_numpy(recv.memory)
+            for i, (offset, section) in enumerate(zip(offsets, layout.spec.sections, strict=True)):
+                end = offset + rows[i] * section.row_bytes
+                if rows[i]:
+                    sections[i] = view_section(buffer[offset:end], layout.spec, i, rows[i])
         return Message(message.header, tuple(sections))
 
     def _give_back(self, slot: Slot) -> None:
-        with self._lock:
-            self._receiving.give(slot)
+        """Any thread may call it, also one that holds the lock (when the last user of a slot's memory goes)."""
+        self._receiving.give(slot)
 
     # ---- progress; the lock is held ----
 
@@ -365,45 +283,45 @@ class NixlTransport(Transport):
 
     def _progress(self) -> None:
         for name, notes in self._agent.get_new_notifs().items():
-            peer = _agent_rank(name)
+            peer = agent_rank(name)
             for note in notes:
                 self._take_note(peer, note)
         self._finish_writes()
         self._start_writes()
 
     def _take_note(self, peer: int, note: bytes) -> None:
-        kind, number, sequence = _ENVELOPE.unpack_from(note)
-        body = note[_ENVELOPE.size :]
-        if kind == _OFFER:
+        kind, number, sequence = ENVELOPE.unpack_from(note)
+        body = note[ENVELOPE.size :]
+        if kind == OFFER:
             pair = self._send_pairs.get((number, peer))
             if pair is None:
                 self._early.setdefault((number, peer), []).append(note)
                 return
-            address, capacity, generation, digest = _OFFER_BODY.unpack(body)
+            address, capacity, generation, digest = OFFER_BODY.unpack(body)
             if digest == pair.layout.digest:  # else the announcement tells the receiver, whose error names both
-                pair.offers[sequence] = _Offer(address, capacity, generation)
-        elif kind in (_ANNOUNCE, _DATA):
+                pair.offers[sequence] = Offer(address, capacity, generation)
+        elif kind in (ANNOUNCE, DATA):
             recv_pair = self._recv_pairs.get((number, peer))
             recv = recv_pair.expected.get(sequence) if recv_pair is not None else None
             if recv is None:
                 self._early.setdefault((number, peer), []).append(note)
-            elif kind == _DATA:
+            elif kind == DATA:
                 recv.has_data = True
                 self._settle(recv)
             else:
                 self._take_announcement(recv, body)
 
-    def _take_announcement(self, recv: _Recv, body: bytes) -> None:
-        size, digest = _ANNOUNCE_BODY.unpack_from(body)
+    def _take_announcement(self, recv: Recv, body: bytes) -> None:
+        size, digest = ANNOUNCE_BODY.unpack_from(body)
         layout = recv.pair.layout
-        worst = _worst_case(layout.spec)
+        worst = worst_case(layout.spec)
         if digest != layout.digest or size > worst:
             recv.error = TransportError(
                 f"{recv.where}: the peer sends messages of another shape: expected at most {worst} bytes "
                 f"({layout.spec}), had {size}; start every rank with the same sizes"
             )
         else:
-            recv.record = torch.frombuffer(bytearray(body[_ANNOUNCE_BODY.size :]), dtype=torch.uint8)
+            recv.record = torch.frombuffer(bytearray(body[ANNOUNCE_BODY.size :]), dtype=torch.uint8)
             recv.size = size
             if recv.slot is not None and (size == 0 or size > recv.slot.capacity):
                 # Nothing was or will be written into the slot: the sender waits for one that is large enough.
@@ -414,7 +332,7 @@ class NixlTransport(Transport):
                     recv.pair.capacity = max(recv.pair.capacity, size)
         self._settle(recv)
 
-    def _settle(self, recv: _Recv) -> None:
+    def _settle(self, recv: Recv) -> None:
         if recv.is_here and recv.pair.expected.pop(recv.sequence, None) is not None:
             self._num_expected -= 1
 
@@ -424,7 +342,7 @@ class NixlTransport(Transport):
             self._take_note(peer, note)
 
     def _start_writes(self) -> None:
-        waiting: deque[_SendState] = deque()
+        waiting: deque[SendState] = deque()
         for state in self._queued:
             offer = state.pair.offers.get(state.sequence)
             ready = state.ready is None or state.ready.query()
@@ -438,7 +356,7 @@ class NixlTransport(Transport):
                 self._fail(state, f"the connection was lost ({error})")
         self._queued = waiting
 
-    def _start_write(self, state: _SendState, offer: _Offer) -> None:
+    def _start_write(self, state: SendState, offer: Offer) -> None:
         pair, slot = state.pair, state.slot
         assert slot is not None
         while self._known_generation[pair.peer] < offer.generation:
@@ -449,8 +367,8 @@ class NixlTransport(Transport):
             "WRITE",
             self._agent.get_xfer_descs([(slot.address, state.size, device)], kind),
             self._agent.get_xfer_descs([(offer.address, state.size, device)], kind),
-            _agent_name(pair.peer),
-            _envelope(_DATA, pair.number, state.sequence),
+            agent_name(pair.peer),
+            envelope(DATA, pair.number, state.sequence),
         )
         status = self._agent.transfer(state.handle)
         if status == "ERR":
@@ -475,20 +393,20 @@ class NixlTransport(Transport):
             else:
                 self._active.append(state)
 
-    def _finish(self, state: _SendState) -> None:
+    def _finish(self, state: SendState) -> None:
         self._agent.release_xfer_handle(state.handle)
         assert state.slot is not None
         self._sending.give(state.slot)
         state.slot, state.handle, state.done = None, None, True
 
-    def _fail(self, state: _SendState, why: str) -> None:
+    def _fail(self, state: SendState, why: str) -> None:
         state.error = TransportError(f"{state.where}: {why}; expected the peer to receive {state.size} bytes")
         self._lost.setdefault(state.pair.peer, state.error)
         self._error = self._error or state.error
 
     def _notify(self, peer: int, where: Where, note: bytes, *, expected: int) -> None:
         try:
-            self._agent.send_notif(_agent_name(peer), note)
+            self._agent.send_notif(agent_name(peer), note)
         except self._errors as error:
             self._lost[peer] = TransportError(
                 f"{where}: the connection was lost; expected up to {expected} bytes, had 0 ({error})"
@@ -523,7 +441,7 @@ class NixlTransport(Transport):
         self._sending.close()
         self._receiving.close()
         for peer in self._peers:
-            self._agent.remove_remote_agent(_agent_name(peer))
+            self._agent.remove_remote_agent(agent_name(peer))
         del self._agent
 
     def _part(self) -> None:
@@ -548,48 +466,3 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(2 * pause, longest)
-
-
-def _import_nixl() -> Any:
-    try:
-        api = importlib.import_module("nixl._api")
-    except ImportError as error:
-        raise ValueError(
-            "--af-transport nixl needs the package 'nixl': pip install 'megatron-disagmoe[nixl]', "
-            "or choose --af-transport torch"
-        ) from error
-    logging.getLogger("nixl").setLevel(logging.WARNING)  # it logs to standard output
-    for name, value in _UCX_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    return api
-
-
-def _nixl_errors() -> tuple[type[Exception], ...]:
-    bindings = importlib.import_module("nixl._bindings")
-    return tuple(getattr(bindings, name) for name in dir(bindings) if name.endswith("Error"))
-
-
-def _agent_name(rank: int) -> str:
-    return f"af-{rank}"
-
-
-def _agent_rank(name: str | bytes) -> int:
-    text = name.decode() if isinstance(name, bytes) else name
-    return int(text.removeprefix("af-"))
-
-
-def _envelope(kind: bytes, number: int, sequence: int) -> bytes:
-    return _ENVELOPE.pack(kind, number, sequence)
-
-
-def _offsets(spec: MessageSpec, rows: Sequence[int]) -> tuple[list[int], int]:
-    """Where each section begins in the packed payload, and the payload's bytes (0 where every section is empty)."""
-    offsets, offset = [], 0
-    for section, count in zip(spec.sections, rows, strict=True):
-        offsets.append(offset)
-        offset += -(-count * section.row_bytes // _ALIGN) * _ALIGN
-    return offsets, offset
-
-
-def _worst_case(spec: MessageSpec) -> int:
-    return _offsets(spec, [section.max_rows for section in spec.sections])[1]

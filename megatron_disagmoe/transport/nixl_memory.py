@@ -73,7 +73,7 @@ class RegisteredMemory:
         return slot
 
     def give(self, slot: Slot) -> None:
-        """Take back a slot that `take` handed out."""
+        """Take back a slot that `take` handed out; any thread may, without a lock."""
         self._free.setdefault(slot.capacity, []).append(slot)
 
     def close(self) -> None:
