@@ -77,7 +77,8 @@ def fit_costs(ranks: Sequence[RankTrace], transfers: Sequence[Transfer], steps: 
     """Stage costs in seconds, fitted to what was measured in ``steps``.
 
     A forward time is the median over ranks, layers and micro-batches; ``backward_ratio`` and ``weight_fraction`` make
-    the totals right. A transfer's time is the median over the messages that somebody stood waiting for, as only their
+    the totals right, less the forwards that FFN stages ran again because they were dispatched again: the simulator adds
+    those itself. A transfer's time is the median over the messages that somebody stood waiting for, as only their
     ends are known to the moment; where nobody ever waited, the shortest.
 
     Raises:
@@ -86,6 +87,8 @@ def fit_costs(ranks: Sequence[RankTrace], transfers: Sequence[Transfer], steps: 
     num_layers = 1 + max((e.layer for t in ranks if t.group.side is Side.F for e in t.of(COMPUTE)), default=-1)
     forward: dict[tuple[Side, int], list[float]] = {}
     total = dict.fromkeys(("F", "B", "I", "W"), 0.0)
+    repeated = {(t.receive.layer, t.receive.micro_batch) for t in transfers if t.receive.name == Edge.AGAIN.value}
+    run_again = 0.0
     for trace in ranks:
         for step in steps:
             for event in events_in(trace, step.windows[trace.rank]):
@@ -95,6 +98,8 @@ def fit_costs(ranks: Sequence[RankTrace], transfers: Sequence[Transfer], steps: 
                 total[event.name] += took
                 if event.name == Kind.F.value:
                     forward.setdefault((trace.group.side, event.layer), []).append(took)
+                    if trace.group.side is Side.F and (event.layer, event.micro_batch) in repeated:
+                        run_again += took
 
     def middle(side: Side, layers: Iterable[int]) -> float:
         return median([took for layer in layers for took in forward.get((side, layer), [])] or [0.0])
@@ -113,7 +118,7 @@ def fit_costs(ranks: Sequence[RankTrace], transfers: Sequence[Transfer], steps: 
         transfer=times.get(Edge.M2N, 0.0),
         combine=times.get(Edge.N2M, 0.0),
         lane=times.get(Edge.LANE, 0.0),
-        backward_ratio=(total["B"] + split) / total["F"],
+        backward_ratio=max(0.0, total["B"] + split - run_again) / total["F"],
         weight_fraction=total["W"] / split if split else StageCosts.weight_fraction,
     )
 

@@ -66,6 +66,23 @@ def test_backward_and_embedding_are_fitted(
     assert (costs.transfer, costs.combine, costs.lane) == (0.0, 0.0, 0.0)
 
 
+def test_forwards_that_are_run_again_are_not_counted_as_backward(tmp_path: Path) -> None:
+    """The FFN stage's backward is 20 of forward and 40 of gradients; the simulator adds the 20 itself."""
+    with TraceRecorder(0, A0, tmp_path) as a, TraceRecorder(1, F0, tmp_path) as f:
+        for recorder, now, backward in ((a, 0, 40), (f, 100, 60)):
+            recorder.compute(Action(Kind.F, 0, 0), now * MICRO, (now + 20) * MICRO)
+            recorder.compute(Action(Kind.B, 0, 0), (now + 200) * MICRO, (now + 200 + backward) * MICRO)
+        a.compute(Action(Kind.D, 0, 0), 150 * MICRO, 150 * MICRO)
+        a.send("AGAIN", 0, 0, 1, 150 * MICRO, 160 * MICRO, 4096)
+        f.receive("AGAIN", 0, 0, 0, 140 * MICRO, 160 * MICRO, 4096)
+        a.step(0, 0, 400 * MICRO)
+        f.step(0, 0, 400 * MICRO)
+    costs = _fitted(tmp_path)
+    assert costs.backward_ratio == pytest.approx(2)
+    assert costs.recompute_ffn == 0
+    assert costs.dispatched_again(1, num_layers=1) == pytest.approx(20e-6)
+
+
 def test_a_transfer_that_nobody_awaited_is_known_by_its_shortest(tmp_path: Path) -> None:
     with TraceRecorder(0, A0, tmp_path) as a, TraceRecorder(1, F0, tmp_path) as f:
         a.compute(Action(Kind.F, 0, 0), 0, 10)
