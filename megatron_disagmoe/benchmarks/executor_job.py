@@ -52,7 +52,7 @@ class Meter:
 
 
 def install() -> None:
-    """Meter every later step of this process and write the sums when it ends."""
+    """Meter every later step of this process; each writes what it cost."""
     import torch
 
     from megatron_disagmoe.model.stages import AttentionStages, ExpertStages
@@ -76,7 +76,7 @@ def install() -> None:
     ):
         setattr(owner, name, meter.metered(bucket, getattr(owner, name)))
     run = Executor.run
-    counts = {"steps": 0, "compute_actions": 0, "actions": 0}
+    steps: list[dict[str, Any]] = []
     path = Path(os.environ[ENVIRONMENT]) / f"rank{os.environ['RANK']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -84,16 +84,12 @@ def install() -> None:
         if schedule.forward_only:
             run(self, schedule, worker)
             return
-        counts["steps"] += 1
-        if counts["steps"] <= WARM_UP_STEPS:
-            run(self, schedule, worker)
-            meter.seconds = dict.fromkeys(meter.seconds, 0.0)
-            return
+        meter.seconds = dict.fromkeys(meter.seconds, 0.0)
         meter.metered(_OURS, run)(self, schedule, worker)
-        group = self.links.role.group
-        counts["actions"] += len(schedule.actions[group])
-        counts["compute_actions"] += sum(action.kind in COMPUTE for action in schedule.actions[group])
-        path.write_text(json.dumps({"group": str(group), **counts, **meter.seconds}))
+        actions = schedule.actions[self.links.role.group]
+        computes = sum(action.kind in COMPUTE for action in actions)
+        steps.append({"actions": len(actions), "compute_actions": computes, **meter.seconds})
+        path.write_text(json.dumps({"group": str(self.links.role.group), "steps": steps[WARM_UP_STEPS:]}))
 
     Executor.run = metered_run  # type: ignore[method-assign]
 

@@ -183,7 +183,7 @@ class _Recv(RecvHandle):
         self.rows: list[int] = []
         self.bodies: dict[int, tuple[Any, torch.Tensor]] = {}
         self.error: TransportError | None = None
-        self.headed = threading.Event()
+        self.headed = threading.Event() if transport._exact else None
         self.message: Message | None = None
 
     @property
@@ -327,6 +327,7 @@ class TorchTransport(Transport):
         """Wait for a whole message."""
         deadline = time.monotonic() + self.timeout_seconds
         if self._exact:
+            assert recv.headed is not None, "made where sizes come first"
             if not recv.headed.wait(self.timeout_seconds):
                 pair = self._recv_pairs[recv.channel.name, recv.peer]
                 raise self._timeout(recv, pair.layout.spec.max_bytes)
@@ -434,6 +435,7 @@ class TorchTransport(Transport):
                 recv.error = error
             except RuntimeError as error:
                 recv.error = self._lost(recv, pair.layout.spec.max_bytes, error)
+            assert recv.headed is not None, "made where sizes come first"
             recv.headed.set()
 
     def close(self) -> None:
