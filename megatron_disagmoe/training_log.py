@@ -64,6 +64,11 @@ class TrainingLog:
             self.validations.append(record)
         return record
 
+    @property
+    def validation(self) -> Validation:
+        """The last evaluation on the validation set; the one on the test set, which comes last, does not count."""
+        return next(record for record in reversed(self.validations) if record.split != "test")
+
     @classmethod
     def read(cls, lines: Iterable[str]) -> TrainingLog:
         """All records of ``lines``, for instance an open log file."""

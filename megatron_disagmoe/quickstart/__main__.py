@@ -81,7 +81,7 @@ def _summary(results: list[Trained]) -> dict[str, Any]:
             "processes": trained.job.processes,
             "first_loss": losses[0],
             "last_loss": losses[-1],
-            "validation_loss": trained.log.validations[-1].loss,
+            "validation_loss": trained.log.validation.loss,
             "seconds": round(trained.seconds, 1),
             "checkpoint": str(trained.checkpoints),
         }

@@ -50,6 +50,8 @@ def test_log_of_megatron_is_read() -> None:
     assert log.steps[0].fields["learning rate"] == 1e-3
     assert log.steps[2].grad_norm == 1.1
     assert log.validations == [Validation(2, None, 5.25), Validation(3, "validation", 5.125)]
+    log.add(" validation loss at iteration 3 on test set | lm loss value: 4.000000E+00 | lm loss PPL: 5.459815E+01 |")
+    assert log.validation == Validation(3, "validation", 5.125)
     assert parse("iteration without numbers") is None
 
 
