@@ -20,7 +20,7 @@ from megatron_disagmoe.planner.plan_making import plan_of
 from megatron_disagmoe.planner.planning import LevelSearch, Request, best_analytic
 from megatron_disagmoe.planner.planning import plan as make_plan
 from megatron_disagmoe.planner.search import search
-from megatron_disagmoe.planner.space import Space
+from megatron_disagmoe.planner.space import Space, fixed_sizes
 from megatron_disagmoe.planner.states import state_level
 
 #: Candidates of each length that are compared over the whole mix.
@@ -156,21 +156,6 @@ def _sizes_only(a: Allocation) -> Allocation:
         expert_tensor_parallel=a.expert_tensor_parallel,
         attention_pool=a.attention_pool,
         ffn_pool=a.ffn_pool,
-    )
-
-
-def fixed_sizes(space: Space, a: Allocation) -> Space:
-    """``space`` with the sizes of one allocation."""
-    return replace(
-        space,
-        attention_groups=(a.attention_groups,),
-        ffn_groups=(a.ffn_groups,),
-        attention_ranks=(a.attention_ranks,),
-        ffn_ranks=(a.ffn_ranks,),
-        replicas=(a.replicas,),
-        tensor_parallel=(a.tensor_parallel,),
-        context_parallel=(a.context_parallel,),
-        expert_tensor_parallel=(a.expert_tensor_parallel,),
     )
 
 

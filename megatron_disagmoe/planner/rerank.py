@@ -12,13 +12,20 @@ from dataclasses import dataclass, replace
 
 from megatron_disagmoe import builders
 from megatron_disagmoe.builders.redispatch import redispatching
-from megatron_disagmoe.planner.allocation import ScheduleKind
+from megatron_disagmoe.planner.allocation import Allocation, ScheduleKind
 from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory, allocation_of, evaluate
-from megatron_disagmoe.planner.search import TIE, Found
+from megatron_disagmoe.planner.problem import Problem
+from megatron_disagmoe.planner.search import TIE, Found, search
+from megatron_disagmoe.planner.space import fixed_sizes
 from megatron_disagmoe.schedules.actions import Group, Schedule, Side
 from megatron_disagmoe.schedules.liveness import peak_live
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.simulate import simulate_orders
+
+#: Shapes whose other choices are tried, and how many choices are looked at for each.
+_REFINED, _CHOICES = 2, 200
+#: Most of them that are scheduled, for each shape: many where a schedule is small (layers x micro-batches), else few.
+_MANY, _FEW, _SMALL = 40, 4, 200
 
 
 @dataclass(frozen=True)
@@ -50,22 +57,60 @@ class Ranked:
 
 
 def rerank(found: Found, *, progress: Callable[[int, int], None] | None = None) -> list[Ranked]:
-    """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs."""
+    """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs.
+
+    For the best shapes their other choices (layout, dispatch, levers, kinds of schedule) are tried too, by their lower
+    bounds: with too little memory for an unhindered schedule the analytic time tells little.
+    """
     problem = found.problem
-    kinds = [kind for kind in problem.space.schedules if kind != "sequential"]
-    ranked: list[Ranked] = []
+    contest = _Contest()
     for at in range(len(found.seconds)):
         evaluation = evaluate(problem, allocation_of(problem, found.candidates, at))
         chosen = evaluation.allocation.schedule
-        tried = kinds if chosen != "sequential" else [chosen]
-        for kind in tried:
-            bound = evaluate(problem, replace(evaluation.allocation, schedule=kind)).fill_bound
-            best = min((each.step_seconds for each in ranked), default=math.inf)
-            if bound + evaluation.synchronise_seconds < best and (each := rank(evaluation, kind)) is not None:
-                ranked.append(each)
+        kinds = [kind for kind in problem.space.schedules if kind != "sequential"]
+        for kind in kinds if chosen != "sequential" else [chosen]:
+            contest.enter(evaluation, kind)
         if progress:
             progress(at + 1, len(found.seconds))
-    return in_order(ranked)
+    for best in in_order(contest.ranked)[:_REFINED]:
+        _refine(problem, best, contest)
+    return in_order(contest.ranked)
+
+
+class _Contest:
+    """Ranks what may still win; the same only once."""
+
+    def __init__(self) -> None:
+        self.ranked: list[Ranked] = []
+        self._seen: set[Allocation] = set()
+
+    @property
+    def best(self) -> float:
+        """The least step time so far."""
+        return min((each.step_seconds for each in self.ranked), default=math.inf)
+
+    def enter(self, evaluation: Evaluation, kind: ScheduleKind) -> bool:
+        """Rank an allocation with this kind of schedule, unless its bound says that it cannot win."""
+        allocation = replace(evaluation.allocation, schedule=kind, group_size=1)
+        evaluation = evaluate(evaluation.problem, allocation)
+        if allocation in self._seen or evaluation.fill_bound + evaluation.synchronise_seconds >= self.best:
+            return False
+        self._seen.add(allocation)
+        ranked = rank(evaluation, kind)
+        if ranked is not None:
+            self.ranked.append(ranked)
+        return True
+
+
+def _refine(problem: Problem, best: Ranked, contest: _Contest) -> None:
+    a = best.evaluation.allocation
+    sizes = replace(problem, space=fixed_sizes(problem.space, a))
+    found = search(sizes, keep=_CHOICES, every_choice=True)
+    every = [evaluate(sizes, allocation_of(sizes, found.candidates, at)) for at in range(len(found.seconds))]
+    left = _MANY if best.evaluation.num_micro_batches * problem.num_layers <= _SMALL else _FEW
+    for evaluation in sorted(every, key=lambda each: each.fill_bound + each.synchronise_seconds):
+        if left > 0 and contest.enter(evaluation, evaluation.allocation.schedule):
+            left -= 1
 
 
 def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:

@@ -41,6 +41,17 @@ TIE = 1e-9
 
 Progress = Callable[[float, int], None]
 
+_SHAPE = (
+    "attention_groups",
+    "ffn_groups",
+    "attention_ranks",
+    "ffn_ranks",
+    "replicas",
+    "cut",
+    "expert_tensor_parallel",
+)
+_CHOICE = tuple(name for name in Candidates.names() if name != "group_size")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -57,14 +68,17 @@ class Found:
     solve_seconds: float
 
 
-def search(problem: Problem, *, keep: int = 8, progress: Progress | None = None) -> Found:
-    """The ``keep`` best allocations by the analytic step time, one for each shape; fewer where fewer fit.
+def search(
+    problem: Problem, *, keep: int = 8, every_choice: bool = False, progress: Progress | None = None
+) -> Found:
+    """The ``keep`` best allocations by the analytic step time, fewer where fewer fit.
 
-    Ties go to the higher model FLOPs utilisation, then to fewer GPUs.
+    One for each shape (sizes and cuts), or with ``every_choice`` one for each choice beside G. Ties go to the higher
+    model FLOPs utilisation, then to fewer GPUs.
     """
     begin = time.perf_counter()
     attention, ffn = attention_halves(problem), ffn_halves(problem)
-    best = _Best(problem, keep)
+    best = _Best(problem, keep, every_choice=every_choice)
     _score(problem, _most_promising(problem, attention, ffn), best)
     parts = list(_pairs_below(problem, attention, ffn, best.limit))
     pairs = sum(len(bound) for _, bound in parts)
@@ -83,10 +97,11 @@ def search(problem: Problem, *, keep: int = 8, progress: Progress | None = None)
 
 
 class _Best:
-    """The best candidates so far, one for each shape."""
+    """The best candidates so far, one for each shape or choice."""
 
-    def __init__(self, problem: Problem, keep: int) -> None:
+    def __init__(self, problem: Problem, keep: int, *, every_choice: bool) -> None:
         self.problem, self.keep, self.scored = problem, keep, 0
+        self.different = _CHOICE if every_choice else _SHAPE
         self.candidates: Candidates | None = None
         self.seconds: Floats = np.zeros(0)
         self.limit = np.inf
@@ -102,8 +117,8 @@ class _Best:
             candidates = Candidates.join([self.candidates, candidates])
             seconds = np.concatenate((self.seconds, seconds))
         order = self._order(candidates, seconds)
-        shapes = _shapes(candidates)[order]
-        _, first = np.unique(shapes, axis=0, return_index=True)
+        keys = np.stack([getattr(candidates, name)[order] for name in self.different], axis=1)
+        _, first = np.unique(keys, axis=0, return_index=True)
         order = order[np.sort(first)][: self.keep]
         self.candidates, self.seconds = candidates.take(order), seconds[order]
         if len(order) == self.keep:
@@ -126,19 +141,6 @@ class _Best:
             nothing = np.zeros(0, np.int64)
             return Candidates(*(nothing for _ in Candidates.names())), np.zeros(0)
         return self.candidates, self.seconds
-
-
-def _shapes(c: Candidates) -> Ints:
-    columns = (
-        c.attention_groups,
-        c.ffn_groups,
-        c.attention_ranks,
-        c.ffn_ranks,
-        c.replicas,
-        c.cut,
-        c.expert_tensor_parallel,
-    )
-    return np.stack(columns, axis=1)
 
 
 def _most_promising(problem: Problem, attention: Halves, ffn: Halves) -> Candidates:

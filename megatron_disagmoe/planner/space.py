@@ -11,6 +11,7 @@ from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import (
     DISPATCH_MODES,
     SCHEDULE_KINDS,
+    Allocation,
     DispatchMode,
     NodeLayout,
     ScheduleKind,
@@ -56,6 +57,21 @@ class Space:
         for field in fields(self):
             if getattr(self, field.name) == ():
                 raise ValueError(f"the search has nothing to choose from for {field.name}: allow at least one value")
+
+
+def fixed_sizes(space: Space, a: Allocation) -> Space:
+    """``space`` with the sizes of one allocation."""
+    return replace(
+        space,
+        attention_groups=(a.attention_groups,),
+        ffn_groups=(a.ffn_groups,),
+        attention_ranks=(a.attention_ranks,),
+        ffn_ranks=(a.ffn_ranks,),
+        replicas=(a.replicas,),
+        tensor_parallel=(a.tensor_parallel,),
+        context_parallel=(a.context_parallel,),
+        expert_tensor_parallel=(a.expert_tensor_parallel,),
+    )
 
 
 @dataclass(frozen=True)
