@@ -108,6 +108,9 @@ class Case:
         flags += ["--train-iters", str(self.steps), *_PRECISION[self.dtype]]
         if self.start == "checkpoint":
             flags += ["--load", str(self.checkpoint(folder)), "--finetune", "--no-load-optim", "--no-load-rng"]
+        if "--step-batch-size-schedule" in self.extra:  # Megatron takes the one or the other
+            at = flags.index("--global-batch-size")
+            del flags[at : at + 2]
         return [*flags, *self.extra]
 
     def af_flags(self, folder: Path) -> list[str]:

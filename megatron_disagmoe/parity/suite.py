@@ -147,7 +147,14 @@ def _course() -> dict[str, Case]:
     evaluation = "--eval-interval 3 --eval-iters 2 --eval-global-batch-size 12"
     return {
         "evaluation": _short(evaluation, attention_groups=2, attention_ranks=2),
-        "skipped-iterations": _short("--iterations-to-skip 2 3", attention_ranks=2),
+        "growing-batches": Case(
+            layers=3,
+            steps=6,
+            attention_groups=2,
+            attention_ranks=2,
+            ffn_ranks=2,
+            extra=("--step-batch-size-schedule", "0:4 512:8 2048:12"),  # tokens: two steps of 4, three of 8, one of 12
+        ),
         "one-micro-batch": _short("--global-batch-size 2", attention_groups=2, steps=10),
         "wsd": _short(
             "--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 3 --lr-decay-iters 6", ffn_ranks=2
