@@ -10,8 +10,9 @@ from megatron_disagmoe import builders
 from megatron_disagmoe.schedules.actions import Placement, Schedule
 from megatron_disagmoe.schedules.liveness import peak_live
 from megatron_disagmoe.schedules.orders import Orders
-from megatron_disagmoe.simulator.bounds import Workload, busy_bound, fill_bound, lower_bounds
+from megatron_disagmoe.simulator.bounds import Paths, Workload, busy_bound, fill_bound, lower_bounds
 from megatron_disagmoe.simulator.costs import StageCosts
+from megatron_disagmoe.simulator.live_bound import hills, spread
 from megatron_disagmoe.simulator.simulate import simulate_orders
 from tests.schedules.strategies import placements, runnable_computes
 from tests.simulator.strategies import busy_orders, stage_costs
@@ -88,6 +89,35 @@ def test_first_phase_binds_where_the_network_does() -> None:
     # after its last dispatch there are F(31), the tail of no time, 64 backwards and 65 transfers: 226.5, in which
     # F3, whose last backward ends 24.5 before the end, turns at most 202 / 2 gradients over, and so receives 101 * 1.5
     assert bounds.phase == pytest.approx(16 + (1536 - 151.5) + 226.5)
+
+
+def test_at_the_least_cap_micro_batches_follow_one_another() -> None:
+    """A0 holds A(0), A(4) and the tail: with room for three, one reaches the tail when the one before is all the way
+    back. Forward is 8 layers of 2 stages and 2 transfers (24), backward 40; a schedule takes just that.
+    """
+    costs, n = StageCosts(attention=1, ffn=1, transfer=0.5), 5
+    schedule = builders.build("interleaved-1f1b", ring(4, 8), num_micro_batches=n, costs=costs, max_live=3)
+    assert max(peak_live(schedule).values()) == 3
+    bound = lower_bounds(Workload.of(schedule, costs), max_live=3).cap
+    assert bound == pytest.approx(24 + n * 40)
+    assert simulate_orders(Orders.of(schedule), costs).makespan == pytest.approx(bound)
+
+
+def test_spread_worked_by_hand() -> None:
+    """One layer, stages of 1 and transfers of 1: A(0) lives from 0 to 10, F(0) from 2 to 7, the tail for no time.
+
+    A0's hill is one step of 10 and no slope, so n * 10 / K; nothing is before or after it.
+    """
+    costs = StageCosts(attention=1, ffn=1, transfer=1)
+    paths = Paths(Workload.uniform(ring(1, 1), costs, num_micro_batches=12))
+    attention, ffn = hills(paths)
+    assert (attention.rise.tolist(), attention.fall.tolist()) == ([4, 0], [6, 0])
+    assert (ffn.rise.tolist(), ffn.fall.tolist(), ffn.before, ffn.after) == ([0], [5], 2, 8)
+    assert spread(attention, 12, 3) == pytest.approx(12 * 10 / 3)
+    # F0: a step of 5, two before it and three behind
+    assert spread(ffn, 12, 3) == pytest.approx(12 * 5 / 3 + 2 + 3)
+    with pytest.raises(ValueError, match="one micro-batch needs 2"):
+        lower_bounds(Workload.uniform(ring(1, 1), costs, num_micro_batches=12), max_live=1)
 
 
 def check(orders: Orders, costs: StageCosts) -> None:
