@@ -65,19 +65,19 @@ def paced(workload: Workload, max_live: int) -> Iterator[tuple[Orders, dict[str,
         workload = replace(workload, split=(0,) * len(workload.split))
     placement, n, paths = workload.placement, workload.num_micro_batches, Paths(workload)
     steps = steps_of(paths)
-    for timetable in _timetables(paths, steps, max_live)[:_BEST]:
+    for timetable in timetables(paths, steps, max_live)[:_BEST]:
         about: dict[str, object] = {
             "period": timetable.period / steps.scale / len(timetable.releases),
             "members": len(timetable.releases),
         }
-        yield _orders(placement, n, steps, timetable.plan(n)), about
+        yield orders_of(placement, n, steps, timetable.plan(n)), about
         filled = _filled(timetable, steps, n, max_live)
         if filled is not None:
             times, taken_out = filled
-            yield _orders(placement, n, steps, times), {**about, "taken_out": taken_out}
+            yield orders_of(placement, n, steps, times), {**about, "taken_out": taken_out}
 
 
-def _orders(placement: Placement, n: int, steps: Steps, times: Ints) -> Orders:
+def orders_of(placement: Placement, n: int, steps: Steps, times: Ints) -> Orders:
     """Every group's actions in order of their start; of those at one moment, each after what it needs."""
     stages = len(steps.group)
     starts = times[:, steps.compute].T.ravel()  # action after action, each for every micro-batch
@@ -93,7 +93,7 @@ def _orders(placement: Placement, n: int, steps: Steps, times: Ints) -> Orders:
     )
 
 
-def _timetables(paths: Paths, steps: Steps, max_live: int) -> list[Timetable]:
+def timetables(paths: Paths, steps: Steps, max_live: int) -> list[Timetable]:
     """Those within the cap, the shortest first."""
     n, alone = paths.workload.num_micro_batches, int(steps.alone[-1] + steps.duration[-1])
     found: list[Timetable] = []
@@ -177,11 +177,13 @@ def _filled(timetable: Timetable, steps: Steps, n: int, max_live: int) -> tuple[
         effort -= len(plan) * len(steps.duration) + len(releases) * len(steps.duration)
         if effort <= 0:
             break
-        added, number = _fill_in(
+        added, number = fill_in(
             plan,
             releases,
             taken_out,
             latest,
+            NEVER,
+            0,
             max_live,
             steps.num_groups,
             steps.busiest,
@@ -200,11 +202,13 @@ def _filled(timetable: Timetable, steps: Steps, n: int, max_live: int) -> tuple[
 
 
 @njit(cache=True)
-def _fill_in(
+def fill_in(
     plan: Ints,
     releases: Ints,
     wanted: int,
     latest: int,
+    longest: int,
+    apart: int,
     max_live: int,
     num_groups: int,
     busiest: int,
@@ -216,7 +220,10 @@ def _fill_in(
     after: Ints,
     also: Ints,
 ) -> tuple[Ints, int]:
-    """Place ``wanted`` more micro-batches beside ``plan``, at ``releases`` or later, done by ``latest``, in the cap."""
+    """Place ``wanted`` more micro-batches beside ``plan``, at ``releases`` or later, done by ``latest``, in the cap.
+
+    Each takes at most ``longest``, and leaves ``apart`` after the one before it or later.
+    """
     planned, steps = plan.shape
     size = (planned + wanted) * busiest + 1
     begin, end = np.empty((3 * num_groups, size), np.int64), np.empty((3 * num_groups, size), np.int64)
@@ -229,27 +236,29 @@ def _fill_in(
             take(begin, end, count, NEVER, first, second, step, plan[micro_batch, step], duration[step])
         _live(born, dead, lives, group, compute, duration, plan[micro_batch])
     added = np.zeros((wanted, steps), np.int64)
-    number = 0
+    number, free = 0, -NEVER
     for release in releases:
-        while number < wanted:
-            times = added[number]
-            if not place(begin, end, count, NEVER, release, latest, duration, first, second, after, also, times):
+        while number < wanted and release >= free:
+            times, end_by = added[number], min(latest, release + longest)
+            if not place(begin, end, count, NEVER, release, end_by, duration, first, second, after, also, times):
                 break
             if not _fits_the_cap(born, dead, lives, group, compute, duration, times, max_live, num_groups):
                 give_back(begin, end, count, NEVER, duration, first, second, times, steps)
                 break
             _live(born, dead, lives, group, compute, duration, times)
             number += 1
+            free = times[0] + apart
     return added, number
 
 
 @njit(cache=True)
 def _live(born: Ints, dead: Ints, lives: Ints, group: Ints, compute: Ints, duration: Ints, times: Ints) -> None:
-    """Note the activations of a micro-batch."""
+    """Note the activations of a micro-batch; one of no duration lives for a moment."""
     stages = len(group)
     for stage in range(stages):
         mine, last = group[stage], compute[2 * stages - 1 - stage]
-        for row, moment in ((born[mine], times[compute[stage]]), (dead[mine], times[last] + duration[last])):
+        begins = times[compute[stage]]
+        for row, moment in ((born[mine], begins), (dead[mine], max(times[last] + duration[last], begins + 1))):
             at = lives[mine]
             while at > 0 and row[at - 1] > moment:
                 row[at] = row[at - 1]

@@ -14,7 +14,8 @@ import numpy as np
 from megatron_disagmoe.builders.folding import folded
 from megatron_disagmoe.builders.interleaved import Shape, interleaved
 from megatron_disagmoe.builders.listing import Listing
-from megatron_disagmoe.builders.weights import filled
+from megatron_disagmoe.builders.sequential import sequential
+from megatron_disagmoe.builders.weights import filled, split_at_once
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.orders import B, F, Orders, W
 from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
@@ -191,3 +192,25 @@ def _numbers(shape: Shape) -> dict[str, object]:
         "extra": shape.extra,
         "block": shape.block,
     }
+
+
+def rings(task: Task) -> list[int]:
+    """Numbers of virtual groups to try, the most promising first."""
+    p, q = task.placement.num_attention_groups, task.placement.num_ffn_groups
+    if p == q:
+        return [p]
+    common = math.lcm(p, q)
+    rings = [max(p, q), min(p, q)]
+    if common not in rings:
+        rings.insert(0, common)
+    return sorted(rings, key=lambda ring: 4 * ring > task.num_micro_batches)
+
+
+def one_by_one(search: Search) -> Found:
+    """One micro-batch at a time: within every cap that can be kept."""
+    task = search.task
+    schedule = sequential(task.placement, num_micro_batches=task.num_micro_batches, forward_only=task.forward_only)
+    orders = Orders.of(schedule)
+    found = search.consider(split_at_once(orders) if task.split else orders, {})
+    assert found is not None, "one micro-batch at a time keeps within every cap that can be kept"
+    return found
