@@ -111,8 +111,9 @@ def test_a_forked_process_enters_a_host() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(number: signal.Signals) -> None:
     code = """
-        import time
+        import signal, time
         from megatron_disagmoe.benchmarks.hosts import Hosts
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script ignores it
         with Hosts(2, gbit_per_s=1) as hosts:
             hosts[0].popen(["sh", "-c", "trap '' TERM; echo $$; sleep 60"])
             time.sleep(60)
