@@ -9,6 +9,7 @@ from dataclasses import replace
 from megatron_disagmoe.builders.capped import within_cap
 from megatron_disagmoe.builders.interleaved import Shape
 from megatron_disagmoe.builders.search import Found, Search, Task, one_by_one, rings
+from megatron_disagmoe.schedules.actions import Placement
 
 _SLOPES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 _EXTRAS = (0, 1, 2, 3, 4, 6, 8)
@@ -22,7 +23,7 @@ def best_order(task: Task, *, group_size: int | None = None) -> Found:
     search = Search(task)
     if task.max_live is not None and not task.forward_only and within_cap(search, group_size=group_size):
         return search.best or one_by_one(search)
-    is_even = task.placement.num_attention_groups == task.placement.num_ffn_groups
+    is_even = _is_even(task.placement)
     for number, (slope, extra, block) in enumerate(_STARTS):
         for ring in rings(task):
             if not search.is_over:
@@ -34,6 +35,14 @@ def best_order(task: Task, *, group_size: int | None = None) -> Found:
         if search.best is not None and number == (len(_STARTS) - 1 if is_even else 0):
             search.justify(search.best, passes=_JUSTIFIED)
     return search.best or one_by_one(search)
+
+
+def _is_even(placement: Placement) -> bool:
+    """Whether the layers go round equally many groups of both sides, as the interleaved family has it."""
+    p = placement.num_attention_groups
+    return p == placement.num_ffn_groups and placement == Placement.round_robin(
+        num_layers=max(placement.num_layers, p), num_attention_groups=p, num_ffn_groups=p
+    )
 
 
 def _around(task: Task, ring: int) -> int:
