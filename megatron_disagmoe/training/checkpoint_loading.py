@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
@@ -58,7 +59,7 @@ def checked(original: Callable[..., Any]) -> Callable[..., Any]:
         args = get_args()
         with bad_input_ends_the_job():
             saved = _peek(args, load_arg, options.get("checkpointing_context"))
-            if saved is not None and saved.resumes and not args.no_load_optim:
+            if saved is not None and saved.resumes and optimizer is not None and not args.no_load_optim:
                 _common_optimizer_state(saved, optimizer, args)
         if saved is None:  # Megatron says so, and starts anew
             return original(ddp_model, optimizer, opt_param_scheduler, load_arg, **options)
@@ -84,7 +85,7 @@ def _peek(args: argparse.Namespace, load_arg: str, context: Any) -> Saved | None
     base = megatron_seams.resolve(f"{_CHECKPOINTING}:_load_base_checkpoint")
     try:
         common, folder, release, kind = base(load, args, rank0=True, checkpointing_context=context)
-    except (FileNotFoundError, NotImplementedError) as error:
+    except (FileNotFoundError, NotImplementedError, CheckpointingException) as error:
         raise ValueError(f"{load} has no complete checkpoint to load: {error}") from error
     if common is None:
         return None
