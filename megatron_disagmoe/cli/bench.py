@@ -37,6 +37,30 @@ def simulator(out: OutOption = None, as_json: bool = JsonOption) -> None:
 
 
 @app.command()
+def builders(
+    out: OutOption = None,
+    parts: Annotated[str | None, typer.Option(help="Names, with commas.", show_default="all of them")] = None,
+    as_json: bool = JsonOption,
+) -> None:
+    """How near the builders' schedules come to the lower bounds, simulated, and how long building takes."""
+    with bad_input_exits_2():
+        from megatron_disagmoe.benchmarks import builders as benchmark
+
+        rows = benchmark.measure(
+            benchmark.named(parts), progress=lambda text: err_console.print(text, highlight=False)
+        )
+        result = finish("builders", rows, out)
+        if out is not None:
+            from megatron_disagmoe.benchmarks.builders_picture import draw
+
+            draw(rows, out / "builders.png")
+            result["picture"] = str(out / "builders.png")
+    emit(result, as_json=as_json, render=lambda console: _show_builders(console, rows))
+    if not all(row["holds"] for row in rows):
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
+@app.command()
 def transport(
     out: OutOption = None,
     sizes: Annotated[str, typer.Option(help="M x N, several with commas.")] = "1x1,2x2,3x1,1x3",
@@ -188,6 +212,28 @@ def _show_simulator(console: Console, rows: list[dict[str, Any]]) -> None:
             f"{row['compute_actions'] + row['transfers']:,}",
             f"{row['actions_per_second']:,.0f}",
             f"{row['actions_per_second_with_reading']:,.0f}",
+        )
+    console.print(table)
+
+
+def _show_builders(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Makespan over the lower bound; live activations over L")
+    table.add_column("part")
+    for name in ("A+F", "L", "n", "T_A", "T_F", "T_M2N", "tail", "cap", "live / L", "bound", "over it", "bar", "s"):
+        table.add_column(name, justify="right")
+    table.add_column("holds")
+    for row in rows:
+        table.add_row(
+            row["part"],
+            f"{row['attention_groups']}+{row['ffn_groups']}",
+            *(str(row[name]) for name in ("layers", "micro_batches")),
+            *(f"{row[name]:.3g}" for name in ("attention", "ffn", "transfer", "tail")),
+            str(row["max_live"] or "-"),
+            f"{row['live'] / row['layers']:.2f}",
+            row["bound"],
+            *(f"{row[name]:.4f}" for name in ("over_bound", "bar")),
+            f"{row['seconds']:.2f}",
+            "yes" if row["holds"] else "no",
         )
     console.print(table)
 
