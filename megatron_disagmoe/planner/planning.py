@@ -133,9 +133,14 @@ def plan(request: Request, *, progress: Progress | None = None) -> Outcome:
     )
 
 
+def best_level(request: Request) -> LevelSearch | None:
+    """The level that ``plan`` would choose, with its candidates unranked; None where nothing fits."""
+    return _chosen(_searched(request, None))
+
+
 def best_analytic(request: Request) -> LevelSearch | None:
-    """The level that ``plan`` would choose, unranked; None where nothing fits. For comparisons of many requests."""
-    return _chosen(_searched(replace(request, keep=1), None))
+    """``best_level`` with its best candidate alone, for comparisons of many requests."""
+    return best_level(replace(request, keep=1))
 
 
 def _searched(request: Request, progress: Progress | None) -> list[LevelSearch]:

@@ -23,8 +23,10 @@ from megatron_disagmoe.planner.rerank import ranked_as_planned
 from megatron_disagmoe.planner.space import Space
 from megatron_disagmoe.planner.states import state_levels
 
-#: Of the small model: heads of 8 numbers, micro-batches of a step for each attention group.
+#: Of the small model.
 _HEADS, _HEAD_DIM, _LAYERS, _SEQUENCE = 4, 8, 4, 32
+#: Most processes of a small plan.
+_PROCESSES = 4
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,18 @@ def small_model(model: ModelSpec) -> ModelSpec:
 
 
 def small_allocation(plan: PlanFile) -> Allocation:
-    """At most two groups and two ranks of each kind, in one replica."""
+    """At most two groups and two ranks of each kind, in one replica of four processes."""
     s, lever = plan.sizes, plan.levers
     ratio = Fraction(s.attention_groups, s.ffn_groups)
     a_groups, f_groups = (min(s.attention_groups, 2),) * 2 if ratio == 1 else ((2, 1) if ratio > 1 else (1, 2))
+    f_ranks = min(s.ffn_ranks, 2) if a_groups + 2 * f_groups <= _PROCESSES else 1
+    a_ranks = min(s.attention_ranks, 2) if 2 * a_groups + f_ranks * f_groups <= _PROCESSES else 1
     full = {"none": Recompute.NONE, "selective": Recompute.NONE, "full": Recompute.FULL}
     return Allocation(
         attention_groups=a_groups,
         ffn_groups=f_groups,
-        attention_ranks=1 if a_groups == 2 else min(s.attention_ranks, 2),
-        ffn_ranks=min(s.ffn_ranks, 2),
+        attention_ranks=a_ranks,
+        ffn_ranks=f_ranks,
         nodes=NodeLayout.SPREAD,
         schedule=plan.schedule.kind,
         recompute_attention=full[lever.recompute_attention],
@@ -122,8 +126,6 @@ def rehearsal(plan: PlanFile, model: ModelSpec) -> Rehearsal:
     )
     max_live = None
     if plan.schedule.max_live is not None:
-        # As short of memory as the plan: what no cap would keep alive, less what the plan's cap cuts off, is not known
-        # here; half of everything is less than any schedule without a cap would keep.
-        max_live = max(2 * _LAYERS // allocation.attention_groups + 2, 8)
+        max_live = max(2 * _LAYERS // allocation.attention_groups + 2, 8)  # less than a schedule without a cap keeps
     ranked = ranked_as_planned(evaluate(problem, allocation), group_size=None, max_live=max_live)
     return Rehearsal(plan_of(ranked), small, allocation.num_gpus)

@@ -12,11 +12,12 @@ from typing import Any
 
 from megatron_disagmoe.planner.allocation import Allocation
 from megatron_disagmoe.planner.cluster_spec import Cluster
+from megatron_disagmoe.planner.evaluate import allocation_of, evaluate
 from megatron_disagmoe.planner.plan_file import PlanFile
 from megatron_disagmoe.planner.plan_making import plan_of
-from megatron_disagmoe.planner.planning import Request, plan
+from megatron_disagmoe.planner.planning import Request, best_level, plan
 from megatron_disagmoe.planner.problem import divisors
-from megatron_disagmoe.planner.rerank import Ranked
+from megatron_disagmoe.planner.rerank import Ranked, rank
 
 #: Measures a plan: whatever a fit needs, of which ``step_seconds`` is a part.
 Measure = Callable[[PlanFile], Any]
@@ -70,9 +71,19 @@ def profile(request: Request, measure: Measure, fit: Fit, *, trials: int, radius
 
 
 def _next(request: Request, done: Sequence[PlanFile]) -> Ranked | None:
-    """The best plan not yet tried; None where there is none."""
-    sizes = {_key(planned) for planned in done}
-    return next((each for each in plan(request).ranked if _key(plan_of(each)) not in sizes), None)
+    """The analytically best plan not yet tried, with its schedule; None where there is none.
+
+    Not from ``plan``'s ranking, which leaves out what cannot win by prediction: whether it can is what a trial tells.
+    """
+    level = best_level(replace(request, keep=len(done) + request.keep))
+    tried = {_key(planned) for planned in done}
+    for found in level.found if level else ():
+        for at in range(len(found.seconds)):
+            evaluation = evaluate(found.problem, allocation_of(found.problem, found.candidates, at))
+            ranked = rank(evaluation, evaluation.allocation.schedule)
+            if ranked is not None and _key(plan_of(ranked)) not in tried:
+                return ranked
+    return None
 
 
 def _key(planned: PlanFile) -> tuple[object, ...]:
