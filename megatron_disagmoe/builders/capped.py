@@ -47,6 +47,8 @@ def within_cap(search: Search, *, group_size: int | None = None) -> bool:
         _consider(search, paced(task.workload, task.max_live))
         if pressure > _PACKED:
             _consider(search, packed(task.workload, task.max_live))
+        if search.best is not None:
+            search.justify(search.best, passes=3)
     return pressure > _ONLY_SHAPES
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
-from megatron_disagmoe.builders.search import Task
+from megatron_disagmoe.builders.search import Task, least_live
 from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.builders.strategies import best_order
 from megatron_disagmoe.schedules.actions import Placement, Schedule
-from megatron_disagmoe.schedules.orders import group_of_stage, in_micro_batch_order
+from megatron_disagmoe.schedules.orders import in_micro_batch_order
 from megatron_disagmoe.simulator.costs import StageCosts
 
 KINDS = ("interleaved-1f1b", "split-backward", "sequential")
@@ -69,8 +67,3 @@ def build(
     )
     found = best_order(task, group_size=group_size)
     return in_micro_batch_order(found.orders).schedule({**parameters, **found.made_by})
-
-
-def least_live(placement: Placement, *, forward_only: bool = False) -> int:
-    """The least cap that an order can meet: when a micro-batch reaches the tail, all its stages are alive."""
-    return 1 if forward_only else int(np.bincount(group_of_stage(placement)).max())

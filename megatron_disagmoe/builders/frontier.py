@@ -17,8 +17,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_disagmoe.builders.front import build, least_live
+from megatron_disagmoe.builders.front import build
 from megatron_disagmoe.builders.redispatch import redispatching
+from megatron_disagmoe.builders.search import least_live
 from megatron_disagmoe.schedules.actions import Placement, Schedule, Side
 from megatron_disagmoe.schedules.liveness import peak_live
 from megatron_disagmoe.schedules.orders import Orders

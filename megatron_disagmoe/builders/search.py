@@ -17,7 +17,7 @@ from megatron_disagmoe.builders.listing import Listing
 from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.builders.weights import filled, split_at_once
 from megatron_disagmoe.schedules.actions import Placement
-from megatron_disagmoe.schedules.orders import B, F, Orders, W
+from megatron_disagmoe.schedules.orders import B, F, Orders, W, group_of_stage
 from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.engine import Floats
@@ -214,3 +214,8 @@ def one_by_one(search: Search) -> Found:
     found = search.consider(split_at_once(orders) if task.split else orders, {})
     assert found is not None, "one micro-batch at a time keeps within every cap that can be kept"
     return found
+
+
+def least_live(placement: Placement, *, forward_only: bool = False) -> int:
+    """The least cap that an order can meet: when a micro-batch reaches the tail, all its stages are alive."""
+    return 1 if forward_only else int(np.bincount(group_of_stage(placement)).max())
