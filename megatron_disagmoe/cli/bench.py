@@ -217,23 +217,23 @@ def _show_simulator(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def _show_builders(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Makespan over the lower bound; live activations over L")
-    table.add_column("part")
-    for name in ("A+F", "L", "n", "T_A", "T_F", "T_M2N", "tail", "cap", "live / L", "bound", "over it", "bar", "s"):
-        table.add_column(name, justify="right")
-    table.add_column("holds")
+    table = Table(title="Makespan over the lower bound; live activations over L", box=None, padding=(0, 1, 0, 0))
+    table.add_column("part", no_wrap=True)
+    for name in ("A+F", "L n", "A F M2N tail", "cap", "live", "bound", "over it", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
     for row in rows:
         table.add_row(
             row["part"],
             f"{row['attention_groups']}+{row['ffn_groups']}",
-            *(str(row[name]) for name in ("layers", "micro_batches")),
-            *(f"{row[name]:.3g}" for name in ("attention", "ffn", "transfer", "tail")),
+            f"{row['layers']} {row['micro_batches']}",
+            " ".join(f"{row[name]:.2g}" for name in ("attention", "ffn", "transfer", "tail")),
             str(row["max_live"] or "-"),
             f"{row['live'] / row['layers']:.2f}",
             row["bound"],
-            *(f"{row[name]:.4f}" for name in ("over_bound", "bar")),
+            f"{row['over_bound']:.4f}",
             f"{row['seconds']:.2f}",
-            "yes" if row["holds"] else "no",
+            "" if row["holds"] else f"not {row['bar']:g}",
         )
     console.print(table)
 
