@@ -7,6 +7,7 @@ whose best plan takes at most ``WORTH`` times as long as the fewest bytes would.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,7 @@ class Request:
 
 @dataclass(frozen=True)
 class LevelSearch:
-    """The candidates of one level, one ``Found`` for each pair of pools."""
+    """The candidates of one level, by pair of pools; equal depths apart where the best are all unequal."""
 
     state: StateBytes
     found: tuple[Found, ...]
@@ -119,7 +120,8 @@ def plan(request: Request, *, progress: Progress | None = None) -> Outcome:
     ranked: list[Ranked] = []
     for level in _from(levels, chosen):
         for found in level.found:
-            ranked += rerank(found, progress=_part(progress, "ranking by simulation"))
+            best = min((each.step_seconds for each in ranked), default=float("inf"))
+            ranked += rerank(found, below=best, progress=_part(progress, "ranking by simulation"))
         if ranked:  # else schedules need more memory than the closed form says: the next level
             chosen = level
             break
@@ -144,23 +146,36 @@ def best_analytic(request: Request) -> LevelSearch | None:
 
 
 def _searched(request: Request, progress: Progress | None) -> list[LevelSearch]:
-    """Levels from the most exact until one is as good as the last would be; the last is searched to know that."""
+    """Levels from the most exact until one is as good as the last would be."""
     levels = request.levels()
-    last = _search_level(request, levels[-1], progress)
     done: list[LevelSearch] = []
-    for state in levels[:-1]:
-        if last.seconds == float("inf"):
-            break  # more bytes fit still less
-        done.append(_search_level(request, state, progress))
-        if done[-1].seconds <= WORTH * last.seconds:
-            return done
-    return [*done, last]
+    if len(levels) > 1:
+        target = _least_seconds(request, levels[-1])
+        for state in levels[:-1] if math.isfinite(target) else ():  # else more bytes fit still less
+            done.append(_search_level(request, state, progress))
+            if done[-1].seconds <= WORTH * target:
+                return done
+    return [*done, _search_level(request, levels[-1], progress)]
+
+
+def _least_seconds(request: Request, state: StateBytes) -> float:
+    """The best analytic step time of a level, by as little search as tells it."""
+    seconds = [search(problem, keep=1).seconds for problem in request.problems(state)]
+    return min((float(each[0]) for each in seconds if len(each)), default=math.inf)
 
 
 def _search_level(request: Request, state: StateBytes, progress: Progress | None) -> LevelSearch:
     label = f"searching at {state.total} bytes a parameter"
     report = _part(progress, label)
-    found = [search(problem, keep=request.keep, progress=report) for problem in request.problems(state)]
+    found: list[Found] = []
+    for problem in request.problems(state):
+        free = search(problem, keep=request.keep, progress=report)
+        depths = free.candidates
+        if len(depths) and (depths.attention_groups != depths.ffn_groups).all():
+            # Schedules of unequal depths can take far longer than the analytic time: one of equal depths is ranked too.
+            equal = replace(problem, space=replace(problem.space, asymmetric=False))
+            found.append(search(equal, keep=request.keep, progress=report))
+        found.append(free)
     return LevelSearch(state, tuple(found))
 
 

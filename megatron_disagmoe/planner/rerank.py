@@ -56,14 +56,17 @@ class Ranked:
         return size if isinstance(size, int) else None
 
 
-def rerank(found: Found, *, progress: Callable[[int, int], None] | None = None) -> list[Ranked]:
+def rerank(
+    found: Found, *, below: float = math.inf, progress: Callable[[int, int], None] | None = None
+) -> list[Ranked]:
     """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs.
 
     For the best shapes their other choices (layout, dispatch, levers, kinds of schedule) are tried too, by their lower
-    bounds: with too little memory for an unhindered schedule the analytic time tells little.
+    bounds: with too little memory for an unhindered schedule the analytic time tells little. What cannot be faster
+    than ``below`` is left out.
     """
     problem = found.problem
-    contest = _Contest()
+    contest = _Contest(below)
     for at in range(len(found.seconds)):
         evaluation = evaluate(problem, allocation_of(problem, found.candidates, at))
         chosen = evaluation.allocation.schedule
@@ -80,14 +83,15 @@ def rerank(found: Found, *, progress: Callable[[int, int], None] | None = None) 
 class _Contest:
     """Ranks what may still win; the same only once."""
 
-    def __init__(self) -> None:
+    def __init__(self, below: float) -> None:
+        self.below = below
         self.ranked: list[Ranked] = []
         self._seen: set[Allocation] = set()
 
     @property
     def best(self) -> float:
         """The least step time so far."""
-        return min((each.step_seconds for each in self.ranked), default=math.inf)
+        return min((self.below, *(each.step_seconds for each in self.ranked)))
 
     def enter(self, evaluation: Evaluation, kind: ScheduleKind) -> bool:
         """Rank an allocation with this kind of schedule, unless its bound says that it cannot win."""
