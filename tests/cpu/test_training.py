@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "pretrain_plain.py"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(60)
 def test_two_ranks_with_experts_apart_train_and_leave_nothing_behind(tmp_path: Path) -> None:
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "5"]
     [result] = run([Job(name="ep2", world_size=2, flags=[*FLAGS, *EXPERT_PARALLEL, *save])], tmp_path / "run")
@@ -30,7 +30,7 @@ def test_two_ranks_with_experts_apart_train_and_leave_nothing_behind(tmp_path: P
     assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "5"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(120)
 def test_launcher_and_package_entry_log_the_same_lines(tmp_path: Path) -> None:
     jobs = [
         Job(name="package", world_size=1, flags=FLAGS),
@@ -42,7 +42,7 @@ def test_launcher_and_package_entry_log_the_same_lines(tmp_path: Path) -> None:
     assert len(losses(launch.output)) == 5
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(60)
 def test_under_torchrun_the_flags_added_are_said_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "megatron_disagmoe.launch", str(SCRIPT), *FLAGS, *EXPERT_PARALLEL, "--train-iters", "2"]

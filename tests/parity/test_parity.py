@@ -31,20 +31,20 @@ def bits(result: Comparison) -> bool:
     return [step.loss for step in result.vanilla] == [step.loss for step in result.af_pipe]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(240)
 def test_topologies(tmp_path: Path) -> None:
     names = ("smallest", "m2", "n2", "m2-n2", "p2", "r2", "a1-f2", "a2-f1")
     for result in compared(tmp_path, *names).values():
         assert len(result.af_pipe) == 20
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(240)
 def test_layers_that_do_not_divide(tmp_path: Path) -> None:
     for result in compared(tmp_path, "ragged", "dense-first", "p2-dense-first", "tail-apart").values():
         assert len(result.af_pipe) >= 10
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(240)
 def test_precision_and_start(tmp_path: Path) -> None:
     results = compared(tmp_path, "checkpoint", "router-fp32", "no-clip", "ep2-n4")
     # Without a tied weight and without clipping no sum is taken in another order.
@@ -52,7 +52,7 @@ def test_precision_and_start(tmp_path: Path) -> None:
     assert results["router-fp32"].case.dtype == "bf16"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(240)
 def test_gradients(tmp_path: Path) -> None:
     results = compared(
         tmp_path,
@@ -66,7 +66,7 @@ def test_gradients(tmp_path: Path) -> None:
     assert results["norms-logged"].af_pipe[0].params_norm is not None
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(240)
 def test_routing_and_models(tmp_path: Path) -> None:
     results = compared(
         tmp_path,
@@ -77,7 +77,7 @@ def test_routing_and_models(tmp_path: Path) -> None:
     assert "load_balancing_loss" in results["aux-loss-p2"].log_differences
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(240)
 def test_course_of_a_run(tmp_path: Path) -> None:
     results = compared(tmp_path, "evaluation", "one-micro-batch")
     evaluations = results["evaluation"].af_pipe_run.log.validations

@@ -13,7 +13,7 @@ from tests.runtime.jobs import MICRO_BATCHES, NUM_LAYERS, STEPS, Training, train
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="starts its ranks by forking"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(240),
 ]
 
 _TWO_FFN_RANKS, _LANES = "--af-ffn-ranks 2", "--af-attention-groups 2"
