@@ -11,7 +11,7 @@ from typing import Any
 from megatron_disagmoe.benchmarks.executor_job import ENVIRONMENT
 from megatron_disagmoe.local_job import Job, run
 
-#: Microseconds of processor time an action (computes, sends and receives), at most.
+#: Microseconds of processor time a compute action with all its messages, at most; the median of the steps.
 BAR = 150.0
 
 _FLAGS = (
@@ -80,5 +80,5 @@ def _row(found: dict[str, Any], schedule: str, transport: str, dispatch: str) ->
         "median_overhead_us_per_compute_action": statistics.median(ours) / computes,
         "median_overhead_us_per_action": statistics.median(ours) / actions,
         "modules_us_per_compute_action": min(step["modules"] for step in steps) * 1e6 / computes,
-        "holds": min(ours) / actions <= BAR,
+        "holds": statistics.median(ours) / computes <= BAR,
     }
