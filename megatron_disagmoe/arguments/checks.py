@@ -82,27 +82,26 @@ def _sizes(args: argparse.Namespace, world_size: int) -> list[str]:
     return errors or _schedule(args, sizes)
 
 
-def _micro_batches(args: argparse.Namespace, sizes: Topology) -> int:
-    """Of a step at full batch size; the batch sizes are known to divide."""
-    per_micro_batch = args.micro_batch_size * sizes.data_parallel_size
-    global_batch_size = args.global_batch_size or per_micro_batch
-    return int(global_batch_size // per_micro_batch)
+def _batch_sizes(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Every global batch size of the run, with the flag that names it; one micro-batch per rank where none is given.
+
+    Of ``--step-batch-size-schedule`` ("THRESHOLD:SIZE ...") words of another form are left to Megatron's own parser.
+    ``--rampup-batch-size`` is not among them: Megatron 0.19 takes the flag, warns and ignores it.
+    """
+    if (steps := args.step_batch_size_schedule) is not None:
+        sizes = (word.partition(":")[2] for word in steps.split())
+        return [("--step-batch-size-schedule, size", int(size)) for size in sizes if size.isdecimal()]
+    return [("--global-batch-size", int(args.global_batch_size))] if args.global_batch_size is not None else []
 
 
 def _batches(args: argparse.Namespace, sizes: Topology) -> list[str]:
     """Batch sizes that do not come out as whole micro-batches on each of the M*R attention ranks of a group."""
     per_micro_batch = args.micro_batch_size * sizes.data_parallel_size
-    named: list[tuple[str, int | None]] = [("--global-batch-size", args.global_batch_size)]
-    if args.rampup_batch_size is not None:
-        named += [
-            ("--rampup-batch-size, start,", int(args.rampup_batch_size[0])),
-            ("--rampup-batch-size, increment,", int(args.rampup_batch_size[1])),
-        ]
     return [
         f"{name} {size} is not a multiple of {per_micro_batch} = --micro-batch-size {args.micro_batch_size} x "
         f"{sizes.data_parallel_size} attention ranks of a group, all replicas: make it one"
-        for name, size in named
-        if size is not None and (size < 1 or size % per_micro_batch)
+        for name, size in _batch_sizes(args)
+        if size < 1 or size % per_micro_batch
     ]
 
 
@@ -116,15 +115,13 @@ def _schedule(args: argparse.Namespace, sizes: Topology) -> list[str]:
     ):
         if choice.is_file and value is not None:
             return [f"--af-schedule {choice.name} is a finished schedule, {flag} {value} cannot change it: drop one"]
-    for flag, value in (
-        ("--rampup-batch-size", args.rampup_batch_size),
-        ("--step-batch-size-schedule", args.step_batch_size_schedule),
-    ):
-        if choice.is_file and value is not None:
-            several = f"--af-schedule {choice.name} is for one number of micro-batches, {flag} makes several: "
-            return [several + f"name a schedule ({', '.join(SCHEDULES)}), or drop {flag}"]
+    if choice.is_file and args.step_batch_size_schedule is not None:
+        several = f"--af-schedule {choice.name} is for one number of micro-batches, --step-batch-size-schedule makes "
+        return [several + f"several: name a schedule ({', '.join(SCHEDULES)}), or drop --step-batch-size-schedule"]
+    per_micro_batch = args.micro_batch_size * sizes.data_parallel_size
+    counts = sorted({size // per_micro_batch for _, size in _batch_sizes(args)} or {1})
     try:
-        plan = step_schedule(choice, sizes.placement, _micro_batches(args, sizes), forward_only=False)
+        plan = [step_schedule(choice, sizes.placement, count, forward_only=False) for count in counts][-1]
     except ValueError as error:
         return [str(error)]
     if plan.is_split and args.transformer_impl not in ("local", None):

@@ -21,7 +21,6 @@ MEGATRON = {
     "seq_length": 32,
     "micro_batch_size": 2,
     "global_batch_size": 32,
-    "rampup_batch_size": None,
     "step_batch_size_schedule": None,
     "num_experts": 8,
     "moe_router_topk": 2,
@@ -57,7 +56,7 @@ def errors(words: str, *, world_size: int = 2, **megatron: Any) -> list[str]:
         ("--af-pipe", 2, {"global_batch_size": None}),  # one micro-batch
         ("--af-pipe", 2, {"moe_layer_freq": [0, 1, 1, 1]}),
         ("--af-pipe --af-attention-ranks 2", 3, {"expert_model_parallel_size": 2}),
-        ("--af-pipe", 2, {"rampup_batch_size": ["8", "4", "100"]}),
+        ("--af-pipe", 2, {"step_batch_size_schedule": "0:8 1.5K:4 2B:16", "global_batch_size": None}),
         ("--af-pipe", 2, {"ckpt_format": "torch"}),  # it neither saves nor loads
     ],
 )
@@ -103,8 +102,8 @@ def test_good_input(words: str, world_size: int, megatron: dict[str, Any]) -> No
         (
             "--af-pipe",
             2,
-            {"rampup_batch_size": ["3", "1", "100"]},
-            [r"start, 3 is not a multiple of 2", r"increment, 1 is not a multiple of 2"],
+            {"step_batch_size_schedule": "0:3 100:8 1K:1", "global_batch_size": None},
+            [r"schedule, size 3 is not a multiple of 2", r"schedule, size 1 is not a multiple of 2"],
         ),
         # vanilla's initialisation
         ("--af-pipe", 2, {"expert_model_parallel_size": 3}, [r"--expert-model-parallel-size 3 .*divide the 8 experts"]),
@@ -172,7 +171,6 @@ def test_schedule_file_says_the_groups(tmp_path: Path) -> None:
         ("--af-max-live-micro-batches 4", {}, "is a finished schedule, --af-max-live-micro-batches 4 cannot change it"),
         ("", {"num_layers": 5}, "is for 4 MoE layers, but the model has 5"),
         ("", {"global_batch_size": 64}, "is for 16 micro-batches, but a step of this run has 32"),
-        ("", {"rampup_batch_size": ["8", "8", "100"]}, "is for one number of micro-batches"),
         ("", {"step_batch_size_schedule": "0:8 100:16"}, "is for one number of micro-batches"),
     ],
 )
