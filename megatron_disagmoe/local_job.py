@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -63,7 +64,14 @@ class Result:
         return "".join(self.outputs)
 
     def checked(self) -> Result:
-        """This result; ``RuntimeError`` with the ends of the outputs unless every rank ended well and alone."""
+        """This result.
+
+        Raises:
+            ValueError: what the plugin refused, where a rank ended with exit code 2.
+            RuntimeError: otherwise, unless every rank ended well and alone, with the ends of the outputs.
+        """
+        if 2 in self.exit_codes and len(said := re.split(r"^disagmoe: ", self.output, flags=re.MULTILINE)) > 1:
+            raise ValueError(said[-1].strip())
         if any(self.exit_codes) or self.timed_out or self.left_over:
             tails = "\n".join(f"--- rank {rank}\n{output[-3000:]}" for rank, output in enumerate(self.outputs))
             raise RuntimeError(

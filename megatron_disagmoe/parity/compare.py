@@ -167,6 +167,7 @@ def compare(cases: Sequence[Case], folder: Path) -> list[Comparison]:
     """Train both runs of every case; outputs go to folders below ``folder``. Equal vanilla runs are trained once.
 
     Raises:
+        ValueError: for flags that a run refuses.
         RuntimeError: where a run fails, with the end of its output.
     """
     folder = folder.resolve()

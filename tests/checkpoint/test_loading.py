@@ -15,6 +15,7 @@ from megatron_disagmoe.checkpoints.difference import compare
 from megatron_disagmoe.checkpoints.reading import Checkpoint
 from megatron_disagmoe.local_job import Result, run
 from megatron_disagmoe.parity.step_values import StepValues
+from megatron_disagmoe.training_log import TrainingLog
 from tests.checkpoint.runs import SAVED, Runs, case
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="trains in forked ranks, which cannot use CUDA")
@@ -81,6 +82,9 @@ def others(runs: Runs) -> dict[str, Result]:
     more.vanilla("weights: EP=1 from N=2", ONE, *more.loading("N=2"), *WEIGHTS_ALONE)
     more.af_pipe("weights: N=2 from EP=1", case("1 1 2 1"), *more.loading("EP=1"), *WEIGHTS_ALONE)
 
+    more.vanilla("evaluated: EP=1", ONE, *more.loading("EP=1"), "--skip-train")
+    more.af_pipe("evaluated: p=2 from EP=1", PIPE, *more.loading("EP=1"), "--skip-train")
+
     mixed = case("1 1 1 1", MIXED, layers=3)
     more.vanilla("mixed", mixed, *more.saving("mixed"))
     mixed_pipe = case("2 1 1 1", MIXED, layers=3)
@@ -105,6 +109,20 @@ def test_weights_alone(runs: Runs, others: dict[str, Result], loaded: str) -> No
     for name in (loaded, expected):
         others[name].checked()
     same_steps(runs.seen_with_loss(loaded), runs.seen_with_loss(expected))
+
+
+@on_cpu
+def test_evaluation_alone(others: dict[str, Result]) -> None:
+    """``--skip-train``: validation and test set, no step."""
+    vanilla, ours = (
+        TrainingLog.read(others[f"evaluated: {name}"].checked().output.splitlines())
+        for name in ("EP=1", "p=2 from EP=1")
+    )
+    assert vanilla.steps == ours.steps == []
+    assert [(v.iteration, v.split) for v in ours.validations] == [(v.iteration, v.split) for v in vanilla.validations]
+    assert {v.split for v in ours.validations} == {"validation", "test"}
+    for mine, theirs in zip(ours.validations, vanilla.validations, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-6)
 
 
 @on_cpu

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_disagmoe.local_job import Result
 from megatron_disagmoe.parity.cases import Case
 from megatron_disagmoe.parity.compare import Comparison, Run, largest_difference
 from megatron_disagmoe.parity.step_values import StepValues
@@ -114,3 +115,20 @@ def test_largest_difference(
     expected: list[float | None], actual: list[float | None], difference: float
 ) -> None:
     assert largest_difference(expected, actual) == difference
+
+
+def ended(code: int, output: str) -> Result:
+    return Result("vanilla-0", [code], [output], seconds=1.0, timed_out=False, left_over=[])
+
+
+def test_flags_that_a_run_refuses_are_bad_input() -> None:
+    output = "disagmoe: no CUDA device, so ...\nsetting up\ndisagmoe: unrecognized arguments: --lrr\n"
+    with pytest.raises(ValueError, match=r"^unrecognized arguments: --lrr$"):
+        ended(2, output).checked()
+
+
+def test_a_run_that_fails_shows_the_end_of_its_output() -> None:
+    output = "disagmoe: no CUDA device, so ...\nTraceback: out of memory\n"
+    with pytest.raises(RuntimeError, match=r"exit codes \[1\][^$]*out of memory"):
+        ended(1, output).checked()
+    assert ended(0, output).checked().output == output
