@@ -45,6 +45,15 @@ def test_layers_that_do_not_divide(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(240)
+def test_bf16(tmp_path: Path) -> None:
+    names = ("smallest", "m2", "n2", "m2-n2", "p2", "r2", "ragged", "p2-dense-first", "checkpoint", "no-clip")
+    results = compared(tmp_path, *(f"{name}-bf16" for name in names))
+    assert {result.case.dtype for result in results.values()} == {"bf16"}
+    # Without a tied weight and without clipping no sum is taken in another order.
+    assert bits(results["no-clip-bf16"])
+
+
+@pytest.mark.timeout(240)
 def test_precision_and_start(tmp_path: Path) -> None:
     results = compared(tmp_path, "checkpoint", "router-fp32", "no-clip", "ep2-n4")
     # Without a tied weight and without clipping no sum is taken in another order.
