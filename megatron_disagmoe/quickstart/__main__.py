@@ -100,7 +100,11 @@ def _report(summary: dict[str, Any], *, picture: Path, console: Console) -> None
         losses = [f"{job[key]:.4f}" for key in ("first_loss", "last_loss", "validation_loss")]
         table.add_row(job["title"], str(job["processes"]), *losses, f"{job['seconds']:.0f} s")
     console.print(table)
-    console.print("Losses in nats a byte, validation after training on further batches; wall time, with start-up and the checkpoint.", highlight=False)
+    console.print(
+        "Losses in nats a byte, validation after training on further batches; "
+        "wall time, with start-up and the checkpoint.",
+        highlight=False,
+    )
     if difference := summary.get("largest_relative_difference"):
         value, step = difference["value"], difference["step"]
         text = f"{value:.1e}, at step {step}" if value else "0: every logged digit is equal"
