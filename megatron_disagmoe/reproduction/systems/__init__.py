@@ -1,0 +1,1 @@
+"""Training systems as schedules on the event engine; ``catalogue`` lists them."""

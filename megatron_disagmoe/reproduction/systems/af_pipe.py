@@ -1,0 +1,155 @@
+"""AF-pipe: allocations from the planner's search, schedules from the builders, both on the event engine.
+
+Two editions. ``PAPER`` has what the paper describes: one copy per (token, expert), as many attention as FFN groups,
+interleaved 1F1B, whole attention layers on a GPU; node layout, depth and levers of memory as the planner likes.
+``OURS`` may use everything: one copy per rank or node, split backward, unequal depths, tensor and context parallelism.
+
+Simplifications: those of the planner (docs/planner.md). Communication takes ``af_communication_sms`` of the SMs all the
+time, where that isn't 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from dataclasses import dataclass
+
+from megatron_disagmoe.planner.allocation import Job, NodeLayout, ScheduleKind
+from megatron_disagmoe.planner.cluster_spec import Cluster
+from megatron_disagmoe.planner.evaluate import Evaluation, allocation_of, evaluate
+from megatron_disagmoe.planner.layered_costs import LayeredCosts
+from megatron_disagmoe.planner.problem import Problem
+from megatron_disagmoe.planner.rerank import Ranked, rank
+from megatron_disagmoe.planner.search import search
+from megatron_disagmoe.planner.space import Space
+from megatron_disagmoe.planner.states import state_level
+from megatron_disagmoe.reproduction.systems.choose import Task
+from megatron_disagmoe.reproduction.systems.result import Result
+from megatron_disagmoe.schedules.orders import Orders
+from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
+from megatron_disagmoe.simulator.simulate import durations, simulate_orders
+
+
+class Edition(enum.Enum):
+    """Which AF-pipe."""
+
+    PAPER = "paper"
+    OURS = "ours"
+
+
+#: Whole attention layers, one copy per (token, expert), equal depths.
+PAPER_SPACE = Space(
+    dispatch=("per-expert",),
+    asymmetric=False,
+    schedules=("interleaved-1f1b",),
+    tensor_parallel=(1,),
+    context_parallel=(1,),
+    expert_tensor_parallel=(1,),
+)
+#: Everything that the planner knows, but the order without any overlap.
+OUR_SPACE = Space(schedules=("interleaved-1f1b", "split-backward"))
+
+
+@dataclass(frozen=True)
+class AfResult(Result):
+    """``bound_seconds``: no schedule of this allocation is faster; ``least_bound``: nor of any looked at."""
+
+    bound_seconds: float = 0.0
+    least_bound: float = 0.0
+    ranked: Ranked | None = None
+
+
+def slowed_cluster(cluster: Cluster, sms: float) -> Cluster:
+    """GPUs whose compute has the rest of the SMs."""
+    if sms == 0:
+        return cluster
+    pools = []
+    for pool in cluster.pools:
+        was = pool.gpu.calibration
+        factors = {"attention": was.attention / (1 - sms), "ffn": was.ffn / (1 - sms)}
+        gpu = pool.gpu.model_copy(update={"calibration": was.model_copy(update=factors)})
+        pools.append(pool.model_copy(update={"gpu": gpu}))
+    return cluster.model_copy(update={"pools": tuple(pools)})
+
+
+def problem_of(task: Task, space: Space) -> Problem:
+    """The planner's problem."""
+    c = task.constants
+    cluster = slowed_cluster(task.cluster, c.af_communication_sms)
+    state = state_level(cluster.pools[0].gpu.dtype, c.bytes_per_parameter)
+    job = Job(task.sequence, task.batch, c.micro_batch_size, task.imbalance)
+    return Problem(task.model, cluster, job, space, state)
+
+
+def best_af(
+    task: Task, *, edition: Edition = Edition.PAPER, space: Space | None = None, keep: int = 3
+) -> AfResult | None:
+    """The fastest schedule among the planner's ``keep`` best shapes that fits; None where nothing does."""
+    problem = problem_of(task, space or (PAPER_SPACE if edition is Edition.PAPER else OUR_SPACE))
+    found = search(problem, keep=keep)
+    best: Ranked | None = None
+    least = math.inf
+    for at in range(len(found.seconds)):
+        evaluation = evaluate(problem, allocation_of(problem, found.candidates, at))
+        least = min(least, evaluation.fill_bound + evaluation.synchronise_seconds)
+        for kind in problem.space.schedules:
+            tried = _better(evaluation, kind, math.inf if best is None else best.step_seconds)
+            best = tried or best
+    return None if best is None else result_of(task, best, least_bound=least)
+
+
+def _better(evaluation: Evaluation, kind: ScheduleKind, below: float) -> Ranked | None:
+    """The allocation under this kind of schedule, if it fits and takes less than ``below``."""
+    allocation = dataclasses.replace(evaluation.allocation, schedule=kind)
+    evaluation = evaluate(evaluation.problem, allocation)
+    if evaluation.fill_bound + evaluation.synchronise_seconds >= below:
+        return None
+    ranked = rank(evaluation, evaluation.allocation.schedule)
+    return ranked if ranked is not None and ranked.step_seconds < below else None
+
+
+def without_network(costs: LayeredCosts) -> LayeredCosts:
+    """The same stages on a network that takes no time."""
+    return dataclasses.replace(costs, transfer=0.0, combine=0.0, lane=0.0)
+
+
+def result_of(task: Task, ranked: Ranked, *, least_bound: float) -> AfResult:
+    """A ranked allocation as a result."""
+    evaluation = ranked.evaluation
+    orders, costs = Orders.of(ranked.schedule), evaluation.costs
+    free = simulate_orders(orders, without_network(costs)).makespan
+    seconds = durations(orders, costs)
+    busiest = max(
+        float(seconds[start:end].sum()) for start, end in zip(orders.bounds[:-1], orders.bounds[1:], strict=True)
+    )
+    bound = lower_bounds(Workload.of(orders, costs)).fill + evaluation.synchronise_seconds
+    a = evaluation.allocation
+    return AfResult(
+        system="af-pipe",
+        step_seconds=ranked.step_seconds,
+        pipeline_seconds=ranked.pipeline_seconds,
+        exposed_seconds=ranked.pipeline_seconds - free,
+        bubble_seconds=free - busiest,
+        peak_bytes=max(ranked.attention.total, ranked.ffn.total),
+        tokens=task.tokens,
+        num_gpus=task.cluster.num_gpus,
+        choice={
+            "attention": f"{a.attention_groups} x {a.attention_ranks}",
+            "ffn": f"{a.ffn_groups} x {a.ffn_ranks}",
+            "replicas": a.replicas,
+            "tensor_parallel": a.tensor_parallel,
+            "context_parallel": a.context_parallel,
+            "layout": a.nodes.value,
+            "attention_nics": a.attention_nics_per_node if a.nodes is not NodeLayout.SEPARATE else None,
+            "dispatch": a.dispatch,
+            "schedule": a.schedule,
+            "recompute": f"{a.recompute_attention.label}/{a.recompute_ffn.label}",
+            "redispatch": a.redispatch,
+            "micro_batches": evaluation.num_micro_batches,
+            "max_live": ranked.max_live,
+        },
+        bound_seconds=bound,
+        least_bound=least_bound,
+        ranked=ranked,
+    )

@@ -1,0 +1,144 @@
+"""A baseline at its best: pipeline ranks, virtual stages and recomputation searched under the memory limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_disagmoe.planner.cluster_spec import Cluster
+from megatron_disagmoe.planner.model_spec import ModelSpec
+from megatron_disagmoe.planner.states import state_level
+from megatron_disagmoe.reproduction.constants import Constants
+from megatron_disagmoe.reproduction.systems.dualpipe import DualPipe
+from megatron_disagmoe.reproduction.systems.layer import Costs, Job, Keep, costs_of
+from megatron_disagmoe.reproduction.systems.memory import held, peak_bytes, synchronise_seconds
+from megatron_disagmoe.reproduction.systems.pipeline import Shape, chunk_sizes
+from megatron_disagmoe.reproduction.systems.result import Result
+from megatron_disagmoe.reproduction.systems.serial import Serial
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every system is given alike. ``batch``: sequences of a step; ``imbalance`` as in the planner."""
+
+    model: ModelSpec
+    cluster: Cluster
+    sequence: int
+    batch: int
+    constants: Constants
+    imbalance: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.sequence
+
+    @classmethod
+    def usual(cls, model: ModelSpec, cluster: Cluster, sequence: int, constants: Constants) -> Task:
+        """With as many sequences a GPU as the constants say."""
+        return cls(model, cluster, sequence, constants.sequences_per_gpu * cluster.num_gpus, constants)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a system that fits its memory."""
+
+    costs: Costs
+    shape: Shape
+    replicas: int
+    peak: float
+
+
+def job_of(system: Serial, task: Task, keep: Keep) -> Job:
+    """The co-located job as this system does it."""
+    c = task.constants
+    return system.job(
+        Job(
+            task.model,
+            task.cluster,
+            task.sequence,
+            c.micro_batch_size,
+            c.expert_parallel,
+            keep,
+            nccl=1 / c.af_over_nccl,
+            imbalance=task.imbalance,
+        )
+    )
+
+
+def candidates(system: Serial, task: Task) -> Iterator[Candidate]:
+    """Everything that fits, with the least recomputation that does for each shape."""
+    c = task.constants
+    parts = task.cluster.num_gpus // c.expert_parallel
+    costs = {keep: costs_of(job_of(system, task, keep)) for keep in system.keeps}
+    state = state_level(task.cluster.pools[0].gpu.dtype, c.bytes_per_parameter)
+    usable = task.cluster.pools[0].gpu.memory_gb * 1e9
+    for ranks in (p for p in range(1, parts + 1) if parts % p == 0):
+        replicas = parts // ranks
+        per_micro_batch = c.micro_batch_size * c.expert_parallel * replicas
+        if task.batch % per_micro_batch:
+            continue
+        for chunks in system.shapes(ranks, task.model.num_moe_layers):
+            shape = Shape(ranks, chunks, task.batch // per_micro_batch)
+            if isinstance(system, DualPipe) and not system.fits(shape):
+                continue
+            works = [system.works(shape, rank) for rank in range(ranks)]
+            for keep in system.keeps:
+                sizes = chunk_sizes(costs[keep], shape.chunks)
+                peak = peak_bytes(
+                    costs[keep], shape, sizes, works, state=state, replicas=replicas, copies=system.copies
+                )
+                if peak <= usable:
+                    yield Candidate(costs[keep], shape, replicas, peak)
+                    break
+
+
+def best(system: Serial, task: Task) -> Result | None:
+    """The fastest that fits; None where nothing does."""
+    found: Result | None = None
+    for candidate in candidates(system, task):
+        result = run(system, task, candidate, below=found.step_seconds if found else math.inf)
+        if result is not None and (found is None or result.step_seconds < found.step_seconds):
+            found = result
+    return found
+
+
+def run(system: Serial, task: Task, candidate: Candidate, *, below: float = math.inf) -> Result | None:
+    """One candidate's step; None where it cannot be below ``below``."""
+    costs, shape = candidate.costs, candidate.shape
+    sizes = chunk_sizes(costs, shape.chunks)
+    c = task.constants
+    state = state_level(task.cluster.pools[0].gpu.dtype, c.bytes_per_parameter)
+    parameters = held(costs, shape, sizes, copies=system.copies)
+    after = synchronise_seconds(
+        costs, parameters, state=state, replicas=candidate.replicas, copies=system.copies
+    )
+    if system.least_seconds(costs, shape) + after >= below:
+        return None
+    step = system.step(costs, shape)
+    return Result(
+        system=system.name,
+        step_seconds=step.seconds + after,
+        pipeline_seconds=step.seconds,
+        exposed_seconds=step.exposed,
+        bubble_seconds=step.bubble,
+        peak_bytes=candidate.peak,
+        tokens=task.tokens,
+        num_gpus=task.cluster.num_gpus,
+        choice={
+            "pipeline_ranks": shape.ranks,
+            "virtual_stages": shape.chunks_per_rank,
+            "micro_batches": shape.micro_batches,
+            "replicas": candidate.replicas,
+            "recompute": costs.job.keep.value,
+        },
+    )
+
+
+def with_sizes(task: Task, **constants: float) -> Task:
+    """The same with other constants."""
+    changed = task.constants
+    for name, value in constants.items():
+        changed = changed.with_(name, value)
+    return replace(task, constants=changed)
