@@ -12,7 +12,7 @@ from typing import NoReturn
 from unittest import mock
 
 from megatron_disagmoe import arguments, megatron_seams
-from megatron_disagmoe.launch import make_ready
+from megatron_disagmoe.preparation import make_ready
 from megatron_disagmoe.schedules.actions import Side
 
 _ADD_ARGUMENTS = "megatron.training.arguments:add_megatron_arguments"

@@ -9,32 +9,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-_over = False
-
-
-def stand_down() -> None:
-    """From now on ``activate`` does nothing: the work has been done, or someone else does it (the launcher)."""
-    global _over
-    _over = True
+from megatron_disagmoe import preparation
 
 
 def activate() -> None:
-    """Get this process ready as ``launch.prepare`` does, if its command line is that of a training run that needs it.
+    """Get this process ready, unless somebody has, if its command line is that of a training run that needs it.
 
     To be called at the top of ``megatron/core/__init__.py``. What is prepared must come before Megatron's modules
     bind torch's names, and imports ``megatron.core`` itself: so the half-imported one is put aside, and imported
     anew, whole, within this call. Python keeps the one that is in ``sys.modules`` when the outer import ends.
     Ends the process with exit code 2 and one message where the user's flags cannot work.
     """
-    if _over or "megatron_disagmoe.cli" in sys.modules or not _is_wanted(sys.argv[1:]):
+    if preparation.begun() or "megatron_disagmoe.cli" in sys.modules or not _is_wanted(sys.argv[1:]):
         return
     from megatron_disagmoe.errors import bad_input_ends_the_job
-    from megatron_disagmoe.launch import prepare
 
-    stand_down()
     del sys.modules["megatron.core"]
     with bad_input_ends_the_job():
-        sys.argv[1:] = prepare(sys.argv[1:])
+        sys.argv[1:] = preparation.prepare(sys.argv[1:])
 
 
 def _is_wanted(flags: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_disagmoe.errors import bad_input_ends_the_job
-from megatron_disagmoe.launch import prepare
+from megatron_disagmoe.preparation import prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_disagmoe import cpu, hook, launch, patching
+from megatron_disagmoe import cpu, hook, patching, preparation
 from tests.patches.conftest import PATCHED_FILE
 
 TRAINING = ["--num-layers", "4", "--micro-batch-size", "2"]
@@ -51,16 +51,17 @@ class TestLines:
 class TestHook:
     @pytest.fixture
     def prepared(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-        """What ``launch.prepare`` was called with; it answers with one flag more. As if Megatron were half imported."""
+        """What ``prepare`` was called with; it answers with one flag more. As if Megatron were half imported."""
         calls: list[list[str]] = []
 
         def prepare(flags: list[str]) -> list[str]:
             assert "megatron.core" not in sys.modules
+            monkeypatch.setattr(preparation, "_begun", True)
             calls.append(flags)
             return [*flags, "--added"]
 
-        monkeypatch.setattr(launch, "prepare", prepare)
-        monkeypatch.setattr(hook, "_over", False)
+        monkeypatch.setattr(preparation, "prepare", prepare)
+        monkeypatch.setattr(preparation, "_begun", False)
         monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))
         monkeypatch.delitem(sys.modules, "megatron_disagmoe.cli", raising=False)
         return calls
@@ -101,7 +102,7 @@ class TestHook:
 
     def test_stands_down_for_the_launcher(self, prepared: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", ["script.py", "--af-pipe"])
-        hook.stand_down()
+        monkeypatch.setattr(preparation, "_begun", True)
         hook.activate()
         assert prepared == []
 
@@ -118,7 +119,7 @@ class TestHook:
         def refuse(flags: list[str]) -> list[str]:
             raise ValueError("this cannot be")
 
-        monkeypatch.setattr(launch, "prepare", refuse)
+        monkeypatch.setattr(preparation, "prepare", refuse)
         monkeypatch.setattr(sys, "argv", ["script.py", "--af-pipe"])
         monkeypatch.delenv("RANK", raising=False)
         with pytest.raises(SystemExit) as end:

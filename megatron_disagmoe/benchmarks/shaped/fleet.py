@@ -226,7 +226,7 @@ def train(flags: list[str], go: int, done: int, *, one_copy: bool) -> None:
 
     torch.set_num_threads(1)
     from megatron_disagmoe import gpt_task
-    from megatron_disagmoe.launch import prepare
+    from megatron_disagmoe.preparation import prepare
 
     sys.argv = ["pretrain_gpt", *prepare(flags)]
     gate.install(go, done)
