@@ -16,6 +16,8 @@ from typer.core import TyperGroup
 COMMANDS: dict[str, tuple[str, str]] = {
     "schedule": ("megatron_disagmoe.cli.schedule", "Build, verify and draw pipeline schedules."),
     "plan": ("megatron_disagmoe.cli.plan", "Find the fastest allocation that fits, as a plan file."),
+    "simulate": ("megatron_disagmoe.cli.simulate", "Simulate a step of a training system."),
+    "reproduce": ("megatron_disagmoe.cli.reproduce", "The paper's figures by simulation, beside its numbers."),
     "parity": ("megatron_disagmoe.cli.parity", "Train with AF-pipe and with plain Megatron; compare."),
     "checkpoint": ("megatron_disagmoe.cli.checkpoint", "Compare checkpoints."),
     "check": ("megatron_disagmoe.cli.check", "Check a training command's flags; starts nothing."),

@@ -126,9 +126,11 @@ RATIO_TOLERANCE = 0.10
 #: included; everything whole. AF-pipe's planner has its own levers. Overlap of different micro-batches goes with the
 #: first two only (Megatron's guide advises against it under full recomputation; DeepSeek-V3 uses selective).
 #: PP and v of baselines: every PP whose world divides, every v that leaves a chunk a layer; the fastest that fits wins.
+#: Every system may also share a sequence among 2, 4 or 8 GPUs by tensor or context parallelism: with whole sequences
+#: on a GPU nothing fits at 32K (Qwen3's logits alone take 40 GB), and the paper ran it.
 
 #: What the paper's AF-pipe has, and ours for its figures: one copy per (token, expert), equal depths, interleaved 1F1B,
-#: no split backward, tensor or context parallelism; A_g and F_g may share nodes; memory levers as the planner needs.
+#: no split backward; A_g and F_g share nodes; any A:F ratio; memory levers as needed.
 PAPER_DISPATCH = "per-expert"
 
 

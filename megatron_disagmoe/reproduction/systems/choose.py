@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from megatron_disagmoe.reproduction.constants import Constants
 from megatron_disagmoe.reproduction.systems.dualpipe import DualPipe
 from megatron_disagmoe.reproduction.systems.layer import Costs, Job, Keep, costs_of
 from megatron_disagmoe.reproduction.systems.memory import held, peak_bytes, synchronise_seconds
-from megatron_disagmoe.reproduction.systems.pipeline import Shape, chunk_sizes
+from megatron_disagmoe.reproduction.systems.pipeline import Shape, chunk_sizes, peak_live
 from megatron_disagmoe.reproduction.systems.result import Result
 from megatron_disagmoe.reproduction.systems.serial import Serial
 
@@ -50,7 +49,24 @@ class Candidate:
     peak: float
 
 
-def job_of(system: Serial, task: Task, keep: Keep) -> Job:
+#: (TP, CP) of a baseline's attention; more GPUs share a sequence where memory asks for it.
+CUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1))
+
+
+def cuts(task: Task) -> list[tuple[int, int]]:
+    """Those that model, sequence and expert-parallel group allow."""
+    attention, parallel = task.model.attention, task.constants.expert_parallel
+    return [
+        (tp, cp)
+        for tp, cp in CUTS
+        if tp <= attention.tensor_parallel_limit
+        and attention.num_heads % tp == 0
+        and parallel % (tp * cp) == 0
+        and task.sequence % (2 * tp * cp) == 0
+    ]
+
+
+def job_of(system: Serial, task: Task, keep: Keep, *, cut: tuple[int, int] = (1, 1)) -> Job:
     """The co-located job as this system does it."""
     c = task.constants
     return system.job(
@@ -63,49 +79,59 @@ def job_of(system: Serial, task: Task, keep: Keep) -> Job:
             keep,
             nccl=1 / c.af_over_nccl,
             imbalance=task.imbalance,
+            tensor_parallel=cut[0],
+            context_parallel=cut[1],
         )
     )
 
 
 def candidates(system: Serial, task: Task) -> Iterator[Candidate]:
-    """Everything that fits, with the least recomputation that does for each shape."""
+    """Everything that fits, with the least recomputation that does for each shape and cut."""
     c = task.constants
     parts = task.cluster.num_gpus // c.expert_parallel
-    costs = {keep: costs_of(job_of(system, task, keep)) for keep in system.keeps}
-    state = state_level(task.cluster.pools[0].gpu.dtype, c.bytes_per_parameter)
-    usable = task.cluster.pools[0].gpu.memory_gb * 1e9
-    for ranks in (p for p in range(1, parts + 1) if parts % p == 0):
-        replicas = parts // ranks
-        per_micro_batch = c.micro_batch_size * c.expert_parallel * replicas
-        if task.batch % per_micro_batch:
-            continue
-        for chunks in system.shapes(ranks, task.model.num_moe_layers):
-            shape = Shape(ranks, chunks, task.batch // per_micro_batch)
-            if isinstance(system, DualPipe) and not system.fits(shape):
+    for cut in cuts(task):
+        costs = {keep: costs_of(job_of(system, task, keep, cut=cut)) for keep in system.keeps}
+        for ranks in (p for p in range(1, parts + 1) if parts % p == 0):
+            replicas = parts // ranks
+            per_micro_batch = c.micro_batch_size * c.expert_parallel // (cut[0] * cut[1]) * replicas
+            if task.batch % per_micro_batch:
                 continue
-            works = [system.works(shape, rank) for rank in range(ranks)]
-            for keep in system.keeps:
-                sizes = chunk_sizes(costs[keep], shape.chunks)
-                peak = peak_bytes(
-                    costs[keep], shape, sizes, works, state=state, replicas=replicas, copies=system.copies
-                )
-                if peak <= usable:
-                    yield Candidate(costs[keep], shape, replicas, peak)
-                    break
+            for chunks in system.shapes(ranks, task.model.num_moe_layers):
+                shape = Shape(ranks, chunks, task.batch // per_micro_batch)
+                if not isinstance(system, DualPipe) or system.fits(shape):
+                    yield from _fitting(system, task, costs, shape, replicas)
+
+
+def _fitting(
+    system: Serial, task: Task, costs: dict[Keep, Costs], shape: Shape, replicas: int
+) -> Iterator[Candidate]:
+    gpu = task.cluster.pools[0].gpu
+    state = state_level(gpu.dtype, task.constants.bytes_per_parameter)
+    works = [system.works(shape, rank) for rank in range(shape.ranks)]
+    live = [peak_live(each) for each in works]
+    for each in costs.values():
+        sizes = chunk_sizes(each, shape.chunks)
+        peak = peak_bytes(each, shape, sizes, live, state=state, replicas=replicas, copies=system.copies)
+        if peak <= gpu.memory_gb * 1e9:
+            yield Candidate(each, shape, replicas, peak)
+            return
 
 
 def best(system: Serial, task: Task) -> Result | None:
     """The fastest that fits; None where nothing does."""
     found: Result | None = None
-    for candidate in candidates(system, task):
-        result = run(system, task, candidate, below=found.step_seconds if found else math.inf)
-        if result is not None and (found is None or result.step_seconds < found.step_seconds):
+    every = [(system.least_seconds(each.costs, each.shape), each) for each in candidates(system, task)]
+    for least, candidate in sorted(every, key=lambda each: each[0]):
+        if found is not None and least >= found.step_seconds:
+            break
+        result = run(system, task, candidate)
+        if found is None or result.step_seconds < found.step_seconds:
             found = result
     return found
 
 
-def run(system: Serial, task: Task, candidate: Candidate, *, below: float = math.inf) -> Result | None:
-    """One candidate's step; None where it cannot be below ``below``."""
+def run(system: Serial, task: Task, candidate: Candidate) -> Result:
+    """One candidate's step."""
     costs, shape = candidate.costs, candidate.shape
     sizes = chunk_sizes(costs, shape.chunks)
     c = task.constants
@@ -114,8 +140,6 @@ def run(system: Serial, task: Task, candidate: Candidate, *, below: float = math
     after = synchronise_seconds(
         costs, parameters, state=state, replicas=candidate.replicas, copies=system.copies
     )
-    if system.least_seconds(costs, shape) + after >= below:
-        return None
     step = system.step(costs, shape)
     return Result(
         system=system.name,
@@ -131,6 +155,8 @@ def run(system: Serial, task: Task, candidate: Candidate, *, below: float = math
             "virtual_stages": shape.chunks_per_rank,
             "micro_batches": shape.micro_batches,
             "replicas": candidate.replicas,
+            "tensor_parallel": costs.job.tensor_parallel,
+            "context_parallel": costs.job.context_parallel,
             "recompute": costs.job.keep.value,
         },
     )

@@ -117,11 +117,18 @@ class Job:
     dispatch: DispatchMode = "per-expert"
     nccl: float = 1.0
     imbalance: float = 1.0
+    tensor_parallel: int = 1
+    context_parallel: int = 1
 
     @property
-    def tokens(self) -> int:
+    def gpus_per_rank(self) -> int:
+        """GPUs that share a data-parallel rank's micro-batch."""
+        return self.tensor_parallel * self.context_parallel
+
+    @property
+    def tokens(self) -> float:
         """T."""
-        return self.sequence * self.micro_batch_size
+        return self.sequence * self.micro_batch_size / self.gpus_per_rank
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,9 @@ def costs_of(job: Job) -> Costs:
     """Every layer of ``job`` on one GPU."""
     model, pool, network = job.model, job.cluster.pools[0], job.cluster.network
     width, tokens = pool.gpu.bytes_per_number, job.tokens
-    sizes = AttentionSizes(job.sequence, job.micro_batch_size, 1, 1, job.keep.attention)
+    sizes = AttentionSizes(
+        job.sequence, job.micro_batch_size, job.tensor_parallel, job.context_parallel, job.keep.attention
+    )
     a = attention_side(model, pool, network, table=stage_table(model, sequence=job.sequence), sizes=sizes)
     f = _experts(job, tokens)
     received = tokens * model.moe.top_k * job.imbalance

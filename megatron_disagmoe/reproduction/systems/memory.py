@@ -8,7 +8,7 @@ from megatron_disagmoe.planner.states import StateBytes, attention_parameters
 from megatron_disagmoe.planner.timing import Timer
 from megatron_disagmoe.planner.traffic import node_nic_rate, nvlink_rate
 from megatron_disagmoe.reproduction.systems.layer import Costs
-from megatron_disagmoe.reproduction.systems.pipeline import Shape, Work, peak_live
+from megatron_disagmoe.reproduction.systems.pipeline import Shape
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ def held(costs: Costs, shape: Shape, sizes: list[int], *, copies: int) -> list[H
     """Of every pipeline rank; ``copies`` 2: with its mirror's."""
     model = costs.job.model
     parameters = attention_parameters(model)
-    per_layer = parameters.cut + parameters.whole
+    cut = costs.job.tensor_parallel
+    per_layer = parameters.cut / cut + parameters.whole
     experts = model.moe.num_experts * model.num_expert_parameters / costs.job.expert_parallel
     dense, routed = [0.0] * shape.ranks, [0.0] * shape.ranks
     start = 0
@@ -32,10 +33,10 @@ def held(costs: Costs, shape: Shape, sizes: list[int], *, copies: int) -> list[H
         dense[rank] += float(per_layer[start : start + size].sum())
         routed[rank] += size * experts
         start += size
-    dense[0] += parameters.embedding
+    dense[0] += parameters.embedding / cut
     last = shape.rank_of(shape.chunks - 1)
     dense[last] += float(per_layer[-1]) + parameters.final_norm
-    dense[last] += parameters.output if last or not parameters.tied else 0.0
+    dense[last] += parameters.output / cut if last or not parameters.tied else 0.0
     if copies == 2:
         dense = [a + b for a, b in zip(dense, reversed(dense), strict=True)]
         routed = [a + b for a, b in zip(routed, reversed(routed), strict=True)]
@@ -53,26 +54,30 @@ def peak_bytes(
     costs: Costs,
     shape: Shape,
     sizes: list[int],
-    works: list[list[Work]],
+    live: list[dict[int, int]],
     *,
     state: StateBytes,
     replicas: int,
     copies: int,
 ) -> float:
-    """On the fullest GPU, with what is reserved. ``works``: of every rank; ``copies``: of the parameters on a rank."""
+    """On the fullest GPU, with what is reserved.
+
+    Args:
+        live: micro-batches of each of a rank's chunks that are alive (``pipeline.peak_live``), of every rank.
+        copies: of the parameters on a rank.
+    """
     starts = [sum(sizes[:chunk]) for chunk in range(len(sizes))]
     kept = [
         sum(layer.kept for layer in costs.layers[start : start + size])
         for start, size in zip(starts, sizes, strict=True)
     ]
     expert_copies = replicas * copies
-    dense_copies = expert_copies * costs.job.expert_parallel
+    dense_copies = expert_copies * costs.job.expert_parallel // costs.job.tensor_parallel
     reserved = costs.job.cluster.pools[0].gpu.reserved_memory_gb * 1e9
     most = 0.0
     for rank, parameters in enumerate(held(costs, shape, sizes, copies=copies)):
-        live = peak_live(works[rank])
-        activations = sum(count * kept[chunk] for chunk, count in live.items())
-        has_tail = any(work.chunk == shape.chunks - 1 for work in works[rank])
+        activations = sum(count * kept[chunk] for chunk, count in live[rank].items())
+        has_tail = shape.chunks - 1 in live[rank]
         workspace = costs.workspace + (costs.tail_workspace if has_tail else 0.0)
         state_part = state_bytes(parameters, state, dense_copies=dense_copies, expert_copies=expert_copies)
         most = max(most, state_part + activations + workspace + costs.transport + reserved)
@@ -89,15 +94,15 @@ def synchronise_seconds(
     job = costs.job
     pool = job.cluster.pools[0]
     expert_copies = replicas * copies
-    dense_copies = expert_copies * job.expert_parallel
+    dense_copies = expert_copies * job.expert_parallel // job.tensor_parallel
     per_parameter = state.gradient + state.weight
     nic = node_nic_rate(pool, job.cluster.network)
     longest = 0.0
     for each in parameters:
         dense = each.dense * per_parameter * (dense_copies - 1) / dense_copies
         experts = each.experts * per_parameter * (expert_copies - 1) / expert_copies
-        single = dense_copies <= pool.gpus_per_node
-        off = (0.0 if single else dense) + experts * pool.gpus_per_node
+        single = dense_copies * job.tensor_parallel <= pool.gpus_per_node
+        off = (0.0 if single else dense * job.tensor_parallel) + experts * pool.gpus_per_node
         step = float(Timer(pool.gpu).memory(each.dense / dense_copies + each.experts / expert_copies))
         longest = max(longest, max(off / nic, (dense + experts) / nvlink_rate(pool)) + 2 * state.total * step)
     return longest + job.cluster.step_overhead_s

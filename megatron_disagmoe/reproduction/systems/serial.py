@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections import Counter
 
 from megatron_disagmoe.reproduction.constants import Constants
 from megatron_disagmoe.reproduction.systems.layer import Costs, Job, Keep, Layer, Parts, expert_seconds
@@ -65,7 +66,9 @@ class Serial(ABC):
     def least_seconds(self, costs: Costs, shape: Shape) -> float:
         """No step is shorter: the work of a mean rank, communication counted only where nothing can hide it."""
         layers = sum(
-            self._layer_seconds(layer, do, costs.job) for layer in costs.layers for do in (Do.FORWARD, Do.BACKWARD)
+            count * self._layer_seconds(layer, do, costs.job)
+            for layer, count in Counter(costs.layers).items()
+            for do in (Do.FORWARD, Do.BACKWARD)
         )
         return (layers + costs.tail_forward + costs.tail_backward) * shape.micro_batches / shape.ranks
 
@@ -88,7 +91,8 @@ class Serial(ABC):
         def seconds(do: Do, chunk: int) -> float:
             forward, backward = chunks.tail(chunk)
             total = forward if do is Do.FORWARD else backward
-            return total + sum(self._layer_seconds(layer, do, costs.job) for layer in chunks.layers[chunk])
+            alike = Counter(chunks.layers[chunk]).items()
+            return total + sum(count * self._layer_seconds(layer, do, costs.job) for layer, count in alike)
 
         return serial_program(shape, lambda work: seconds(work.do, work.chunk), hop=costs.hop)
 

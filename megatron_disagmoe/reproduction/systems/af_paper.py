@@ -1,0 +1,353 @@
+"""The paper's AF-pipe: free A:F ratios on shared nodes, one copy per (token, expert), interleaved 1F1B, one depth.
+
+The planner wants whole experts on every FFN rank; the paper runs 16:10, which no number of experts here divides. So
+this edition takes any N: the fullest rank has ceil(E / N) experts and gets that much more of the rows. A_g and F_g
+share their nodes, and NICs are split evenly whatever the GPUs are (the paper's 16:16). Compute, transfers and memory
+come from the planner's functions, schedules from the builders, time from the event engine.
+
+Simplifications: a block of M + N GPUs that isn't a whole number of nodes counts with that broken number; M2N stays
+inside a node for 1 / (nodes of a block) of its rows, N2M leaves it always (it goes to the next group's block).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from megatron_disagmoe import builders
+from megatron_disagmoe.builders.redispatch import redispatching
+from megatron_disagmoe.planner.activations import PAIR_BYTES, Recompute
+from megatron_disagmoe.planner.arrays import Floats
+from megatron_disagmoe.planner.attention_side import AttentionSide, AttentionSizes, attention_side, stage_table
+from megatron_disagmoe.planner.ffn_side import FfnSide, ffn_side
+from megatron_disagmoe.planner.layered_costs import LayeredCosts
+from megatron_disagmoe.planner.layout import Geometry
+from megatron_disagmoe.planner.memory import LANES, MESSAGES
+from megatron_disagmoe.planner.operations import packing_numbers
+from megatron_disagmoe.planner.space import FFN_LEVERS, FfnLever
+from megatron_disagmoe.planner.states import attention_parameters, state_level
+from megatron_disagmoe.planner.timing import Timer
+from megatron_disagmoe.planner.traffic import Ends, node_nic_rate, rows_per_token, transfer_times, volumes
+from megatron_disagmoe.reproduction.systems.choose import Task
+from megatron_disagmoe.schedules.actions import Placement, Schedule
+
+
+#: Orders under tight caps take so much longer than the mean life of an activation asks for (docs/frontier.md).
+_CAPPED = 1.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """p groups a side, M attention and N FFN ranks, TP and CP of an attention rank, R replicas; levers of memory.
+
+    ``nics``: NICs of either side of a block, which then lies on as many nodes as have them; None: the block's own.
+    """
+
+    groups: int
+    attention_ranks: int
+    ffn_ranks: int
+    replicas: int
+    tensor_parallel: int = 1
+    context_parallel: int = 1
+    recompute_attention: Recompute = Recompute.NONE
+    ffn_lever: FfnLever = FFN_LEVERS[0]
+    nics: int | None = None
+
+    @property
+    def attention_gpus(self) -> int:
+        """Of one group."""
+        return self.attention_ranks * self.tensor_parallel * self.context_parallel
+
+    @property
+    def gpus(self) -> int:
+        """Of everything."""
+        return self.replicas * self.groups * (self.attention_gpus + self.ffn_ranks)
+
+
+class Evaluated:
+    """What a shape costs: stages, transfers, memory."""
+
+    def __init__(self, task: Task, shape: Shape) -> None:
+        self.task, self.shape = task, shape
+        self.model = task.model
+        self.pool = task.cluster.pools[0]
+        self.width = self.pool.gpu.bytes_per_number
+
+    @property
+    def micro_batches(self) -> int:
+        """n."""
+        c, s = self.task.constants, self.shape
+        return self.task.batch // (c.micro_batch_size * s.attention_ranks * s.replicas)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Of all attention ranks of a group."""
+        return self.task.sequence * self.task.constants.micro_batch_size * self.shape.attention_ranks
+
+    @property
+    def placement(self) -> Placement:
+        """Layers round-robin."""
+        p = self.shape.groups
+        return Placement.round_robin(
+            num_layers=self.model.num_moe_layers, num_attention_groups=p, num_ffn_groups=p
+        )
+
+    @property
+    def layers_of_group(self) -> int:
+        """v: of the fullest group."""
+        return -(-self.model.num_moe_layers // self.shape.groups)
+
+    @cached_property
+    def uneven(self) -> float:
+        """Rows of the fullest FFN rank over the mean: of uneven experts and of uneven routing."""
+        experts = self.model.moe.num_experts / self.shape.ffn_ranks
+        return math.ceil(experts) / experts * self.task.imbalance
+
+    @cached_property
+    def attention(self) -> AttentionSide:
+        """Stages of an attention GPU."""
+        s = self.shape
+        return _attention(_Key(self.task), s.tensor_parallel, s.context_parallel, s.recompute_attention)
+
+    @cached_property
+    def ffn(self) -> FfnSide:
+        """Stages of the fullest FFN GPU."""
+        experts = self.model.moe.num_experts / self.shape.ffn_ranks
+        rows = self.micro_batch_tokens * self.model.moe.top_k / self.shape.ffn_ranks * self.uneven
+        return ffn_side(
+            self.model,
+            self.pool,
+            self.task.cluster.network,
+            rows=np.array(rows),
+            experts_per_rank=math.ceil(experts),
+            tensor_parallel=1,
+            recompute=self.shape.ffn_lever[0],
+        )
+
+    @cached_property
+    def packing(self) -> float:
+        """Seconds of a layer on an attention GPU, each direction."""
+        tokens = self.micro_batch_tokens / self.shape.attention_gpus
+        numbers = packing_numbers(self.model, copies=np.array(float(self.model.moe.top_k)))
+        seconds = float(Timer(self.pool.gpu).memory(numbers * tokens * self.width))
+        return seconds * self.pool.gpu.calibration.attention
+
+    @cached_property
+    def transfers(self) -> tuple[float, float, float]:
+        """Seconds of an M2N, an N2M and a lane."""
+        s, network = self.shape, self.task.cluster.network
+        per_node = self.pool.gpus_per_node
+        block = s.attention_gpus + s.ffn_ranks if s.nics is None else 2 * s.nics
+        nodes = block / per_node
+        inside = max(0.0, 1 - 1 / nodes)
+        if s.groups == 1:
+            between = inside
+        elif block * s.groups <= per_node:
+            between = 0.0
+        else:
+            between = 1.0 if nodes >= 1 else 1 / math.floor(1 / nodes)
+        one = np.ones(1)
+        span = one * max(1, math.ceil(nodes))
+        geometry = Geometry(
+            fits=np.ones(1, np.bool_),
+            attention_nodes=np.ones(1, np.int64),
+            ffn_nodes_in_all=np.ones(1, np.int64),
+            attention_per_node=one,
+            ffn_per_node=one,
+            m2n_off=one * inside,
+            n2m_off=one * between,
+            lane_off=one * (between if s.groups > 1 else 0.0),
+            ffn_nodes=np.ones(1, np.int64),
+            m2n_span=span,
+            n2m_span=2 * span,
+        )
+        nics = node_nic_rate(self.pool, network) / per_node * block / 2
+        ends = Ends(
+            attention_gpus=one * s.attention_gpus,
+            ffn_gpus=one * s.ffn_ranks,
+            attention_nic=one * nics / s.attention_gpus,
+            ffn_nic=one * nics / s.ffn_ranks,
+        )
+        rows = rows_per_token(self.model.moe, "per-expert", ffn_ranks=np.array([1]), ffn_nodes=np.array([1]))
+        moved = volumes(
+            self.model,
+            geometry,
+            rows,
+            tokens=one * self.micro_batch_tokens,
+            attention_groups=one * s.groups,
+            width=self.width,
+        )
+        times = transfer_times(
+            moved,
+            geometry,
+            ends,
+            attention_pool=self.pool,
+            ffn_pool=self.pool,
+            network=network,
+            imbalance=self.task.imbalance,
+        )
+        return float(times.m2n[0]), float(times.n2m[0]), float(times.lane[0])
+
+    @cached_property
+    def costs(self) -> LayeredCosts:
+        """For builders and the event engine."""
+        m2n, n2m, lane = self.transfers
+        a, f = self.attention, self.ffn
+
+        def every(attention: Floats, ffn: Floats, extra: float) -> tuple[float, ...]:
+            times = np.full(2 * self.model.num_moe_layers + 1, float(ffn))
+            times[0::2] = attention
+            times[0:-1:2] += extra
+            return tuple(times.tolist())
+
+        return LayeredCosts.of(
+            forward=every(a.forward, f.forward, self.packing),
+            backward=every(a.backward, f.backward, self.packing),
+            weight=every(a.weight, f.weight, 0.0),
+            again=every(a.again, f.again, 0.0),
+            m2n=m2n,
+            n2m=n2m,
+            lane=lane,
+        )
+
+    @property
+    def estimate(self) -> float:
+        """About how long the pipeline takes: the busiest of compute and ports, or what the live activations allow."""
+        m2n, n2m, lane = self.transfers
+        a, f = self.attention, self.ffn
+        v, n = self.layers_of_group, self.micro_batches
+        attention = float(a.forward[1:-1].mean() + a.backward[1:-1].mean()) + 2 * self.packing
+        ffn = float(f.forward + f.backward)
+        again = 3 if self.shape.ffn_lever[1] else 2
+        port = (again - 1) * m2n + n2m + lane
+        tail = float(a.forward[-1] + a.backward[-1])
+        path = attention + ffn + 2 * (m2n + n2m)
+        whole = self.model.num_moe_layers * path
+        work = n * (v * max(attention, ffn, port) + tail / (1 if self.shape.groups == 1 else 2))
+        waits = _CAPPED * n * v * whole / 2 / max(self.most_live, 1)
+        return max(work, waits) + (self.shape.groups - 0.5) * path
+
+    def fixed_and_kept(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Bytes on an attention and on an FFN GPU: what is always there, and what a live micro-batch-layer keeps."""
+        s, model, c = self.shape, self.model, self.task.constants
+        state = state_level(self.pool.gpu.dtype, c.bytes_per_parameter)
+        whole = state.weight + state.gradient
+        held = attention_parameters(model).of_groups(s.groups, tensor_parallel=s.tensor_parallel).max()
+        a_copies = s.attention_ranks * s.context_parallel * s.replicas
+        a_state = float(held) * (whole + state.optimizer / a_copies)
+        experts = self.layers_of_group * math.ceil(model.moe.num_experts / s.ffn_ranks) * model.num_expert_parameters
+        f_state = experts * (whole + state.optimizer / s.replicas)
+        message = self.micro_batch_tokens * model.moe.top_k * model.hidden_size * self.width
+        lane = self.micro_batch_tokens * model.hidden_size * self.width if s.groups > 1 else 0.0
+        a_fixed = a_state + self.attention.workspace + self.attention.tail_workspace
+        a_fixed += (MESSAGES * message + LANES * lane) / s.attention_gpus
+        f_fixed = f_state + float(self.ffn.workspace) + MESSAGES * message * self.uneven / s.ffn_ranks
+        pairs = self.micro_batch_tokens * model.moe.top_k * PAIR_BYTES / s.ffn_ranks
+        f_kept = pairs if s.ffn_lever[1] else float(self.ffn.kept)
+        return (a_fixed, float(self.attention.kept[:-1].mean())), (f_fixed, f_kept)
+
+    @cached_property
+    def most_live(self) -> int:
+        """Micro-batch-layers that fit on either side; below 0 where nothing does."""
+        usable = self.pool.gpu.usable_bytes
+        return min(int((usable - fixed) // kept) for fixed, kept in self.fixed_and_kept())
+
+    @property
+    def synchronise_seconds(self) -> float:
+        """Reducing gradients and the optimizer's step, as for the baselines."""
+        s, model, c = self.shape, self.model, self.task.constants
+        state = state_level(self.pool.gpu.dtype, c.bytes_per_parameter)
+        held = float(attention_parameters(model).of_groups(s.groups, tensor_parallel=s.tensor_parallel).max())
+        experts = self.layers_of_group * model.moe.num_experts * model.num_expert_parameters / s.ffn_ranks
+        a_copies, per = s.attention_ranks * s.context_parallel * s.replicas, state.gradient + state.weight
+        node = node_nic_rate(self.pool, self.task.cluster.network)
+        per_node = self.pool.gpus_per_node
+        a_moved = held * per * (a_copies - 1) / a_copies
+        f_moved = experts * per * (s.replicas - 1) / s.replicas
+        f_share = s.ffn_ranks / (s.ffn_ranks + s.attention_gpus) * per_node
+        off = (a_moved if a_copies > per_node else 0.0) * s.tensor_parallel + f_moved * f_share
+        step = Timer(self.pool.gpu).memory(max(held / a_copies, experts / s.replicas))
+        return off / node + 2 * state.total * float(step) + self.task.cluster.step_overhead_s
+
+
+@dataclass(frozen=True, eq=False)
+class _Key:
+    """A task where only its stages matter, hashable by what they depend on."""
+
+    task: Task
+
+    def _identity(self) -> tuple[object, ...]:
+        t, gpu = self.task, self.task.cluster.pools[0].gpu
+        factors = gpu.calibration
+        return (t.model.model_dump_json(), gpu.name, factors.attention, factors.ffn, factors.backward, t.sequence,
+                t.constants.micro_batch_size, t.cluster.pools[0].nvlink_gb_per_s)  # fmt: skip
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._identity() == other._identity()
+
+
+@lru_cache(maxsize=256)
+def _attention(key: _Key, tensor_parallel: int, context_parallel: int, recompute: Recompute) -> AttentionSide:
+    task = key.task
+    sizes = AttentionSizes(
+        task.sequence, task.constants.micro_batch_size, tensor_parallel, context_parallel, recompute
+    )
+    table = stage_table(task.model, sequence=task.sequence)
+    return attention_side(task.model, task.cluster.pools[0], task.cluster.network, table=table, sizes=sizes)
+
+
+#: A:F ratios that are tried beside 1:1, N / M.
+RATIOS = (2.0, 1.5, 1.25, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+_CUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1))
+
+
+def shapes(task: Task) -> Iterator[Shape]:
+    """Every size worth a look, without levers of memory."""
+    world = task.cluster.num_gpus
+    model, c = task.model, task.constants
+    for tp, cp in _CUTS:
+        if tp > model.attention.tensor_parallel_limit or task.sequence % (2 * tp * cp):
+            continue
+        for groups in (p for p in (1, 2, 3, 4, 6, 8, 12, 16) if p <= model.num_moe_layers):
+            for ranks in (m for m in (1, 2, 4, 8, 16, 32, 64, 128) if m * tp * cp < world):
+                gpus = ranks * tp * cp
+                for ffn in sorted({round(gpus * ratio) for ratio in RATIOS}):
+                    block = gpus + ffn
+                    if not 1 <= ffn <= model.moe.num_experts or block * groups > world:
+                        continue
+                    replicas = world // (block * groups)
+                    while task.batch % (ranks * replicas * c.micro_batch_size):
+                        replicas -= 1
+                    yield Shape(groups, ranks, ffn, replicas, tp, cp)
+
+
+def levers(shape: Shape) -> Iterator[Shape]:
+    """A shape with every lever of memory, from the cheapest in time."""
+    for recompute in Recompute:
+        for lever in FFN_LEVERS:
+            yield replace(shape, recompute_attention=recompute, ffn_lever=lever)
+
+
+def build(evaluated: Evaluated) -> Schedule | None:
+    """The schedule under the cap that memory leaves; None where none fits."""
+    cap: int | None = evaluated.most_live
+    assert cap is not None, "it is a count"
+    if cap < builders.least_live(evaluated.placement):
+        return None
+    if cap >= (evaluated.layers_of_group + 1) * evaluated.micro_batches:
+        cap = None
+    schedule = builders.build(
+        "interleaved-1f1b",
+        evaluated.placement,
+        num_micro_batches=evaluated.micro_batches,
+        costs=evaluated.costs,
+        max_live=cap,
+    )
+    return redispatching(schedule, evaluated.costs) if evaluated.shape.ffn_lever[1] else schedule
