@@ -25,7 +25,7 @@ _MOST_PROCESSES = 8
 class Cell:
     """One system on one model at one length. ``top_k`` 0: the model's own; ``bytes_per_parameter`` 0: the constants'.
 
-    ``shapes``: what AF-pipe may choose from; everything where empty.
+    ``shapes``: what AF-pipe may choose from, everything where empty; ``keep``: how many of them get schedules.
     """
 
     system: str
@@ -34,6 +34,7 @@ class Cell:
     top_k: int = 0
     bytes_per_parameter: int = 0
     shapes: tuple[Shape, ...] = ()
+    keep: int = 8
 
 
 def with_top_k(model: ModelSpec, top_k: int) -> ModelSpec:
@@ -59,7 +60,7 @@ def run_cell(cell: Cell, constants: Constants) -> Result | None:
     """
     task = task_of(cell, constants)
     if cell.system == AF_PIPE:
-        return best_paper(task, possible=cell.shapes or None)
+        return best_paper(task, possible=cell.shapes or None, keep=cell.keep)
     return best(baseline(cell.system, constants), task)
 
 

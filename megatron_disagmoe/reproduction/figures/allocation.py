@@ -42,7 +42,8 @@ def _fig12_shapes(ratio: tuple[int, int]) -> tuple[Shape, ...]:
 def _fig12_cell(ratio: tuple[int, int], sequence: int) -> Cell:
     setting = SETTINGS["fig12"]
     bytes_per = setting.bytes_per_parameter or 0
-    return Cell("af-pipe", setting.model, sequence, bytes_per_parameter=bytes_per, shapes=_fig12_shapes(ratio))
+    shapes = _fig12_shapes(ratio)
+    return Cell("af-pipe", setting.model, sequence, bytes_per_parameter=bytes_per, shapes=shapes, keep=3)
 
 
 def _fig12_baseline(sequence: int) -> Cell:

@@ -35,7 +35,6 @@ from megatron_disagmoe.planner.traffic import Ends, node_nic_rate, rows_per_toke
 from megatron_disagmoe.reproduction.systems.choose import Task
 from megatron_disagmoe.schedules.actions import Placement, Schedule
 
-
 #: Orders under tight caps take so much longer than the mean life of an activation asks for (docs/frontier.md).
 _CAPPED = 1.5
 

@@ -6,7 +6,7 @@ from megatron_disagmoe.reproduction.systems.layer import Costs, Job, Keep, Parts
 from megatron_disagmoe.reproduction.systems.overlapped import Writer, least_overlapped
 from megatron_disagmoe.reproduction.systems.pipeline import Chunks, Do, Shape, Work, connect, one_f_one_b
 from megatron_disagmoe.reproduction.systems.program import Program
-from megatron_disagmoe.reproduction.systems.serial import Serial
+from megatron_disagmoe.reproduction.systems.serial import Serial, waiting
 
 
 class BatchOverlap(Serial):
@@ -32,13 +32,19 @@ class BatchOverlap(Serial):
         return possible if ranks == 1 else [v for v in possible if v > 1]
 
     def least_seconds(self, costs: Costs, shape: Shape) -> float:
-        return least_overlapped(costs, shape)
+        path = sum(
+            part.compute + part.communication
+            for layer in costs.layers
+            for part in (layer.forward, layer.backward, layer.again)
+        )
+        return least_overlapped(costs, shape) + waiting(costs, shape, path / len(costs.layers))
 
     def works(self, shape: Shape, rank: int) -> list[Work]:
         return one_f_one_b(shape, rank, ahead=1)
 
     def program(self, costs: Costs, shape: Shape, sizes: list[int]) -> Program:
-        writer = Writer(Chunks.of(costs, sizes), self.constants.communication_sms)
+        chunks, middle = Chunks.of(costs, sizes), shape.ranks // 2
+        writer = Writer(chunks, self.constants.communication_sms, self.slow, middle)
         for rank in range(shape.ranks):
             works = self.works(shape, rank)
             number = 0

@@ -72,7 +72,8 @@ class DualPipe(Serial):
         return Step(seconds, seconds - free, max(0.0, free - busiest), busiest)
 
     def program(self, costs: Costs, shape: Shape, sizes: list[int]) -> Program:
-        writer = Writer(Chunks.of(costs, sizes), self.constants.communication_sms)
+        chunks, middle = Chunks.of(costs, sizes), shape.ranks // 2
+        writer = Writer(chunks, self.constants.communication_sms, self.slow, middle)
         for rank in range(shape.ranks):
             for turn in turns(shape, rank):
                 _write(writer, rank, turn)

@@ -174,8 +174,17 @@ def all_to_all_seconds(job: Job, *, rows: float, handed_on: float = 0.0, pairs: 
     latency = network.local_latency_us
     if nodes > 1:
         nic = node_nic_rate(pool, network) / per_node * job.nccl
-        seconds, latency = max(seconds, sent * off / nic), network.latency_us
+        seconds, latency = max(seconds, sent * off * spine_factor(job, nodes) / nic), network.latency_us
     return seconds * network.calibration + latency * 1e-6
+
+
+def spine_factor(job: Job, nodes: int) -> float:
+    """How much longer traffic among ``nodes`` nodes takes over an oversubscribed spine, as the planner has it."""
+    pool, network = job.cluster.pools[0], job.cluster.network
+    share = max(0.0, 1 - network.nodes_per_leaf / nodes) if network.nodes_per_leaf else 0.0
+    if network.rail_optimised and not network.cross_rail_forwarding and pool.nics_per_node > 1:
+        share = max(share, 1 - 1 / pool.nics_per_node)
+    return max(1.0, share * network.oversubscription)
 
 
 def _experts(job: Job, tokens: float) -> FfnSide:

@@ -28,10 +28,15 @@ class Chain:
 
 @dataclass
 class Writer:
-    """Writes chunks into a program. ``sms``: share of SMs that communication kernels take."""
+    """Writes chunks into a program. ``sms``: share of SMs that communication kernels take.
+
+    ``slow``: how much longer compute takes on ``slow_rank``.
+    """
 
     chunks: Chunks
     sms: float
+    slow: float = 1.0
+    slow_rank: int = -1
     program: Program = field(default_factory=Program)
     first: dict[Work, int] = field(default_factory=dict)
     done: dict[Work, int] = field(default_factory=dict)
@@ -94,6 +99,8 @@ class Writer:
         self.first[work], self.done[work] = chain.first, chain.last
 
     def _add(self, chain: Chain, seconds: float, stream: str, rank: int, name: str) -> None:
+        if stream == "compute" and rank == self.slow_rank:
+            seconds *= self.slow
         number = self.program.add(seconds, (chain.last,), stream=(stream, rank), name=name)
         chain.first = number if chain.first < 0 else chain.first
         chain.last = number

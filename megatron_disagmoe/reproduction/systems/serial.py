@@ -33,6 +33,15 @@ def slowed(compute: float, beside: float, sms: float) -> float:
     return compute + min(compute, beside) * sms / (1 - sms)
 
 
+def waiting(costs: Costs, shape: Shape, layer: float) -> float:
+    """P - 1 chunks, forward and backward, that no order spares the last rank of 1F1B; ``layer``: a layer's seconds.
+
+    The smallest chunk counts; the last one, which has the output layer, isn't among them.
+    """
+    smallest = len(costs.layers) // shape.chunks
+    return (shape.ranks - 1) * (smallest * layer + 2 * costs.hop)
+
+
 class Serial(ABC):
     """1F1B, interleaved or not, one chunk at a time."""
 
@@ -41,6 +50,8 @@ class Serial(ABC):
     keeps: tuple[Keep, ...] = tuple(Keep)
     #: Copies of the parameters on a rank.
     copies = 1
+    #: How much slower one GPU is; the pipeline rank in the middle waits for it.
+    slow = 1.0
 
     def __init__(self, constants: Constants) -> None:
         self.constants = constants
@@ -64,13 +75,14 @@ class Serial(ABC):
         return one_f_one_b(shape, rank)
 
     def least_seconds(self, costs: Costs, shape: Shape) -> float:
-        """No step is shorter: the work of a mean rank, communication counted only where nothing can hide it."""
+        """No step is shorter: a mean rank's work, and what the last rank waits before its first chunk and after."""
         layers = sum(
             count * self._layer_seconds(layer, do, costs.job)
             for layer, count in Counter(costs.layers).items()
             for do in (Do.FORWARD, Do.BACKWARD)
         )
-        return (layers + costs.tail_forward + costs.tail_backward) * shape.micro_batches / shape.ranks
+        work = (layers + costs.tail_forward + costs.tail_backward) * shape.micro_batches / shape.ranks
+        return work + waiting(costs, shape, layers / len(costs.layers))
 
     def step(self, costs: Costs, shape: Shape) -> Step:
         """Run a step."""
@@ -92,13 +104,20 @@ class Serial(ABC):
             forward, backward = chunks.tail(chunk)
             total = forward if do is Do.FORWARD else backward
             alike = Counter(chunks.layers[chunk]).items()
-            return total + sum(count * self._layer_seconds(layer, do, costs.job) for layer, count in alike)
+            total += sum(count * self._layer_seconds(layer, do, costs.job) for layer, count in alike)
+            if self.slow > 1 and shape.rank_of(chunk) == shape.ranks // 2:
+                total += (self.slow - 1) * sum(count * _compute(layer, do) for layer, count in alike)
+            return total
 
         return serial_program(shape, lambda work: seconds(work.do, work.chunk), hop=costs.hop)
 
     def _layer_seconds(self, layer: Layer, do: Do, job: Job) -> float:
         directions = (layer.forward,) if do is Do.FORWARD else (layer.again, layer.backward)
         return sum(each.attention + self.moe_seconds(each, job) for each in directions)
+
+
+def _compute(layer: Layer, do: Do) -> float:
+    return layer.forward.compute if do is Do.FORWARD else layer.again.compute + layer.backward.compute
 
 
 class Megatron(Serial):

@@ -1,0 +1,139 @@
+"""From a plan to the processes of every node: rank, role, environment, command. Starts them, or only prints them.
+
+    python -m megatron_disagmoe.plan_launch PLAN --node I --master HOST [--dry-run] [--script FILE] [-- FLAGS]
+
+A plan says which global ranks sit on which node, and these are seldom consecutive, so ``torchrun``'s numbering would
+put groups on other nodes than the plan has them. Hence each process gets its rank from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_disagmoe.planner.cluster_import import load_cluster
+from megatron_disagmoe.planner.hosts import seats
+from megatron_disagmoe.planner.model_export import megatron_model_flags
+from megatron_disagmoe.planner.model_import import load_model
+from megatron_disagmoe.planner.plan_file import load_plan
+from megatron_disagmoe.planner.verify import verify_plan
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank. ``role``: group, replica and number, for people."""
+
+    node: int
+    rank: int
+    role: str
+    environment: dict[str, str]
+    command: tuple[str, ...]
+
+    def line(self) -> str:
+        """For a shell."""
+        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), shlex.join(self.command)])
+
+
+def processes(plan_path: Path, *, master: str, port: int, script: str | None, flags: Sequence[str]) -> list[Process]:
+    """Every process of a plan, by rank.
+
+    Raises:
+        ValueError: the plan doesn't hold (``disagmoe plan verify``), or this version cannot run it.
+    """
+    plan = load_plan(plan_path)
+    model, cluster = load_model(plan.model), load_cluster(plan.cluster)
+    errors = verify_plan(plan, model, cluster)
+    if errors:
+        raise ValueError(f"{plan_path} does not hold: " + "; ".join(errors))
+    if not plan.runs_here:
+        raise ValueError(f"{plan_path}: this version cannot run it: " + "; ".join(plan.missing))
+    allocation = plan.allocation(pools=tuple(pool.name for pool in cluster.pools))
+    program = ["-m", "megatron_disagmoe.pretrain_gpt"] if script is None else ["-m", "megatron_disagmoe.launch", script]
+    words = [
+        sys.executable,
+        *program,
+        *megatron_model_flags(model, sequence_length=plan.batch.sequence_length),
+        *plan.megatron_flags,
+        "--af-pipe",
+        "--af-plan",
+        str(plan_path.resolve()),
+        *flags,
+    ]
+    placed = seats(allocation, cluster, num_layers=model.num_moe_layers)
+    per_node: dict[int, int] = {}
+    for seat in placed:
+        per_node[seat.node] = per_node.get(seat.node, 0) + 1
+    found = []
+    for seat in placed:
+        environment = {
+            "MASTER_ADDR": master,
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(len(placed)),
+            "RANK": str(seat.rank),
+            "LOCAL_RANK": str(seat.gpu),
+            "LOCAL_WORLD_SIZE": str(per_node[seat.node]),
+        }
+        role = f"{seat.group} replica {seat.replica} number {seat.number}"
+        found.append(Process(seat.node, seat.rank, role, environment, tuple(words)))
+    return found
+
+
+def start(mine: Sequence[Process]) -> int:
+    """Run the processes of one node; the first that fails ends the others. Their exit code."""
+    running = [subprocess.Popen(each.command, env={**os.environ, **each.environment}) for each in mine]
+    try:
+        while True:
+            codes = [each.poll() for each in running]
+            failed = [code for code in codes if code]
+            if failed or all(code == 0 for code in codes):
+                return failed[0] if failed else 0
+            time.sleep(0.5)
+    finally:
+        for each in running:
+            if each.poll() is None:
+                each.terminate()
+        for each in running:
+            each.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of ``python -m megatron_disagmoe.plan_launch``; 2 on bad input."""
+    parser = argparse.ArgumentParser(description="Start a plan's processes of one node, or print all of them.")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--node", type=int, help="number of this node in the plan")
+    parser.add_argument("--master", default="127.0.0.1", help="host of the plan's node 0")
+    parser.add_argument("--port", type=int, default=29500)
+    parser.add_argument("--script", help="a Megatron pretrain script; Megatron's own GPT task where it isn't given")
+    parser.add_argument("--dry-run", action="store_true", help="verify the plan, print every rank's role and command")
+    parser.add_argument("flags", nargs="*", help="after --: more Megatron flags (data, learning rate, ...)")
+    options = parser.parse_args(arguments)
+    try:
+        every = processes(
+            options.plan, master=options.master, port=options.port, script=options.script, flags=options.flags
+        )
+        if not options.dry_run and options.node is None:
+            raise ValueError("--node is missing: the number of this node in the plan")
+        nodes = {each.node for each in every}
+        if options.node is not None and options.node not in nodes:
+            raise ValueError(f"--node {options.node}: the plan has nodes 0 to {max(nodes)}")
+    except (ValueError, OSError) as error:
+        print(f"plan_launch: {error}", file=sys.stderr)
+        return 2
+    mine = [each for each in every if options.node is None or each.node == options.node]
+    if options.dry_run:
+        for each in mine:
+            print(f"node {each.node} rank {each.rank} {each.role}: {each.line()}")
+        print(f"the plan holds: {len(every)} processes on {len(nodes)} nodes", file=sys.stderr)
+        return 0
+    return start(mine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What is varied: one thing at a time around Qwen3-235B at 4K on 16 nodes of H800, 14 bytes a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_disagmoe.planner.cluster_spec import Cluster
+from megatron_disagmoe.planner.model_import import load_model
+from megatron_disagmoe.planner.space import Space
+from megatron_disagmoe.reproduction.constants import Constants
+from megatron_disagmoe.reproduction.hardware import calibrate
+from megatron_disagmoe.reproduction.systems.af_pipe import OUR_SPACE, PAPER_SPACE
+from megatron_disagmoe.reproduction.systems.choose import Task
+
+#: What AF-pipe may use, by name; each beyond the paper's own.
+LEVERS: dict[str, Space] = {
+    "as in the paper": replace(PAPER_SPACE, tensor_parallel=(1, 2, 4, 8), context_parallel=(1, 2, 4, 8)),
+    "split backward": replace(
+        PAPER_SPACE,
+        tensor_parallel=(1, 2, 4, 8),
+        context_parallel=(1, 2, 4, 8),
+        schedules=("interleaved-1f1b", "split-backward"),
+    ),
+    "unequal depths": replace(
+        PAPER_SPACE, tensor_parallel=(1, 2, 4, 8), context_parallel=(1, 2, 4, 8), asymmetric=True
+    ),
+    "one copy per rank": replace(
+        PAPER_SPACE, tensor_parallel=(1, 2, 4, 8), context_parallel=(1, 2, 4, 8), dispatch=("per-rank",)
+    ),
+    "one copy per node": replace(
+        PAPER_SPACE, tensor_parallel=(1, 2, 4, 8), context_parallel=(1, 2, 4, 8), dispatch=("per-node",)
+    ),
+    "everything": OUR_SPACE,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of one study; ``x`` is what the study varies. ``slow``: how much slower one GPU is."""
+
+    study: str
+    x: str
+    model: str = "qwen3-235b-a22b"
+    sequence: int = 4096
+    nodes: int = 16
+    bytes_per_parameter: int = 14
+    nic_gbit: float = 400.0
+    oversubscription: float = 1.0
+    nodes_per_leaf: int = 32
+    cross_rail: bool = True
+    zipf: float = 0.0
+    slow: float = 1.0
+    levers: str = "everything"
+
+    def cluster(self) -> Cluster:
+        """H800 nodes, calibrated on figure 6a, as the point has them."""
+        base = calibrate(Constants()).cluster()
+        pool = base.pools[0]
+        nics = (self.nic_gbit,) * len(pool.nics_gbit_per_s)
+        pool = pool.model_copy(update={"num_nodes": self.nodes, "nics_gbit_per_s": nics})
+        network = base.network.model_copy(
+            update={
+                "oversubscription": self.oversubscription,
+                "nodes_per_leaf": self.nodes_per_leaf,
+                "cross_rail_forwarding": self.cross_rail,
+            }
+        )
+        return base.model_copy(update={"pools": (pool,), "network": network})
+
+    def task(self) -> Task:
+        """The same batch for every system; the tokens of a step stay the same as sequences grow."""
+        constants = replace(Constants(), bytes_per_parameter=self.bytes_per_parameter)
+        cluster, model = self.cluster(), load_model(self.model)
+        sequences = max(constants.sequences_per_gpu * cluster.num_gpus * 4096 // self.sequence, cluster.num_gpus // 2)
+        imbalance = zipf_imbalance(model.moe.num_experts, constants.expert_parallel, self.zipf)
+        return Task(model, cluster, self.sequence, sequences, constants, imbalance)
+
+
+def zipf_imbalance(experts: int, ranks: int, exponent: float) -> float:
+    """Rows of the busiest of ``ranks`` over the mean where expert i is chosen as often as 1 / i**exponent.
+
+    Experts are dealt out back and forth, so this is a placement that knows the loads.
+    """
+    loads = [0.0] * ranks
+    for number in range(experts):
+        turn, place = divmod(number, ranks)
+        loads[place if turn % 2 == 0 else ranks - 1 - place] += (number + 1) ** -exponent
+    return max(loads) * ranks / sum(loads)
+
+
+_ALL_MODELS = ("deepseek-moe-16b", "gpt-oss-120b", "qwen3-235b-a22b", "deepseek-v3")
+
+
+def points() -> Iterator[Point]:
+    """Every point of every study."""
+    for model in _ALL_MODELS:
+        nodes = 64 if model == "deepseek-v3" else 16  # V3's 671B parameters don't fit 128 GPUs
+        for length in (4096, 16384, 32768, 131072):
+            yield Point("length", f"{length // 1024}K", model, length, nodes)
+        for level in (18, 8):
+            yield Point("bytes a parameter", str(level), model, nodes=nodes, bytes_per_parameter=level)
+    for levers in LEVERS:
+        yield Point("levers", levers, levers=levers)
+    for nodes in (32, 128, 512, 2048):
+        yield Point("nodes", str(nodes), nodes=nodes)
+    for gbit in (50.0, 100.0, 200.0, 800.0):
+        yield Point("NIC, Gbit/s", f"{gbit:g}", nic_gbit=gbit)
+    for ratio in (2.0, 4.0):
+        yield Point("spine", f"{ratio:g}:1, leaves of 4 nodes", oversubscription=ratio, nodes_per_leaf=4)
+        yield Point("spine", f"{ratio:g}:1, across rails", oversubscription=ratio, cross_rail=False)
+    for exponent in (0.3, 0.6, 1.0):
+        yield Point("imbalance (Zipf)", f"{exponent:g}", zipf=exponent)
+    for slow in (1.2, 1.5):
+        yield Point("one slow GPU", f"{slow:g}x", slow=slow)
+
+
+def studies() -> dict[str, list[Point]]:
+    """Points by study; every study of Qwen3 but those of several models has the base point too."""
+    found: dict[str, list[Point]] = {}
+    for point in points():
+        found.setdefault(point.study, []).append(point)
+    return found
+
+
+BASE = Point("base", "Qwen3, 4K, 16 nodes, 14 bytes")

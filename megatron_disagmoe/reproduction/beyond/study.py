@@ -1,0 +1,75 @@
+"""The whole study: points run, a table, pictures, and the bars that the project holds itself to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure as Picture
+
+from megatron_disagmoe.reproduction.beyond.picture import crossings, draw
+from megatron_disagmoe.reproduction.beyond.points import Point, studies
+from megatron_disagmoe.reproduction.beyond.run import Outcome, markdown, run_all
+
+#: Qwen3 at 4K on 16 nodes: bytes a parameter, and the least gain over Megatron-1F1B there.
+BARS = ((18, 1.6), (14, 1.85))
+#: Of the best feasible allocation's lower bound, at least.
+BOUND_BAR = 0.97
+
+
+def bar_points() -> list[Point]:
+    """Where the bars are measured."""
+    return [
+        Point("bar", f"{level} bytes a parameter", bytes_per_parameter=level) for level, _ in BARS
+    ]
+
+
+def bars(*, processes: int = 1) -> list[dict[str, Any]]:
+    """Rows: the gain and the share of the lower bound at each level, and whether they hold."""
+    rows = []
+    for outcome, (level, least) in zip(run_all(bar_points(), processes=processes), BARS, strict=True):
+        for quantity, ours, bar in (
+            (f"Qwen3, 4K, {level} bytes: over Megatron-1F1B", outcome.over_megatron, least),
+            (f"Qwen3, 4K, {level} bytes: lower bound over step time", outcome.of_bound, BOUND_BAR),
+        ):
+            row = {"quantity": quantity, "bar": bar, "ours": ours, "holds": ours >= bar}
+            rows.append(row | {"point": outcome.as_json()})
+    return rows
+
+
+def run(
+    names: tuple[str, ...], out: Path | None, *, processes: int, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """The studies of these names, all where there are none; files into ``out``.
+
+    Raises:
+        ValueError: there is no study of that name.
+    """
+    every = studies()
+    unknown = [name for name in names if name not in every]
+    if unknown:
+        raise ValueError(f"there is no study {unknown[0]!r}; choose among {', '.join(every)}")
+    chosen = {name: every[name] for name in names or tuple(every)}
+    points = [point for each in chosen.values() for point in each]
+    outcomes = run_all(points, processes=processes, progress=progress)
+    by_study: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_study.setdefault(outcome.point.study, []).append(outcome)
+    result: dict[str, Any] = {
+        "rows": [outcome.as_json() for outcome in outcomes],
+        "crossings": {name: crossings(each) for name, each in by_study.items()},
+        "files": [],
+    }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "beyond.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (out / "beyond.md").write_text(markdown(outcomes), encoding="utf-8")
+        picture = Picture(layout="constrained")
+        draw(by_study, picture)
+        paths = [out / f"beyond.{kind}" for kind in ("png", "svg")]
+        for path in paths:
+            picture.savefig(path, dpi=130)
+        result["files"] = [str(path) for path in (out / "beyond.json", out / "beyond.md", *paths)]
+    return {**result, "table": markdown(outcomes)}

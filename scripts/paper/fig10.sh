@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Figure 10 of the paper by simulation: rows, table and pictures. Thin over `disagmoe reproduce`.
+#   scripts/paper/fig10.sh [--out DIR] [--json]
+set -euo pipefail
+
+# shellcheck source=scripts/paper/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+reproduce fig10 "$@"

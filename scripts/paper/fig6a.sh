@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Figure 6a of the paper by simulation: rows, table and pictures. Thin over `disagmoe reproduce`.
+#   scripts/paper/fig6a.sh [--out DIR] [--json]
+set -euo pipefail
+
+# shellcheck source=scripts/paper/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+reproduce fig6a "$@"
