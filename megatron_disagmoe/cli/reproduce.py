@@ -84,7 +84,7 @@ def _more(name: str, out: Path | None, processes: int, studies: str | None) -> t
         result = {"rows": rows, "table": sensitivity.markdown(found), "files": _save(name, rows, out)}
         return result, True
     else:
-        from megatron_disagmoe.reproduction.executor_check import check
+        from megatron_disagmoe.benchmarks.paper_schedules import check
 
         with tempfile.TemporaryDirectory(prefix="disagmoe-reproduce-") as scratch:
             rows = check(Path(scratch))
