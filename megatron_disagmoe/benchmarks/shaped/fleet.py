@@ -2,12 +2,14 @@
 
 The ranks are forked from this process, which has imported Megatron once, and each enters its host before it opens a
 socket. They are real training runs held by ``gate`` between steps, so variants can be timed in turn (A B A B ...)
-while the links stay what they are.
+while the links stay what they are. Who is not in turn is stopped (SIGSTOP): gloo's threads poll a hundred times a
+second each, and those of forty waiting ranks would take a core.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -27,7 +29,8 @@ from megatron_disagmoe.benchmarks.shaped.cases import Model, Variant
 
 _FIRST_PORT = 29500
 _END_SECONDS = 5.0
-_PAUSE_SECONDS = 0.02  # between turns: what a rank does after its report must not fall into the next one's step
+_WAKE_SECONDS = 0.02  # from a rank's awakening to its step
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class _Rank:
     go: int
     done: int
     log: Path
+    ahead: bytes = b""
     code: int | None = None
 
 
@@ -64,7 +68,7 @@ class Fleet:
         model: what they train.
         variants: no two alike.
         folder: logs, and traces of the AF-pipe variants (``traces/NAME``).
-        timeout_seconds: for one step, start-up included.
+        timeout_seconds: for one step, and for the start-up of one variant.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Fleet:
         try:
             for number, variant in enumerate(self.variants):
                 self._ranks[variant] = self._start(variant, _FIRST_PORT + number)
+                self._rest(variant, time.perf_counter() + self.timeout_seconds)
         except BaseException:
             self._end()
             raise
@@ -99,9 +104,9 @@ class Fleet:
         Raises:
             RuntimeError: where a rank ended or took too long, with the end of its output.
         """
-        time.sleep(_PAUSE_SECONDS)
-        before = [host.counters() for host in self.hosts]
         ranks = self._ranks[variant]
+        self._wake(variant)
+        before = [host.counters() for host in self.hosts]
         start = time.perf_counter()
         for rank in ranks:
             with contextlib.suppress(BrokenPipeError):  # it has ended: its report says so
@@ -109,6 +114,7 @@ class Fleet:
         reports = [self._report(variant, rank, start + self.timeout_seconds) for rank in ranks]
         seconds = time.perf_counter() - start
         after = [host.counters() for host in self.hosts]
+        self._rest(variant, start + self.timeout_seconds)
         losses = [report["loss"] for report in reports if report["loss"] is not None]
         return StepTaken(
             seconds=seconds,
@@ -149,6 +155,8 @@ class Fleet:
                 for other in others:
                     os.close(other.go)
                     os.close(other.done)
+            # A stopped rank does not see its gate close: should the parent be killed, the kernel ends its ranks.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -170,24 +178,44 @@ class Fleet:
                 os.close(done)
             os._exit(code)
 
+    def _wake(self, variant: Variant) -> None:
+        """Let its ranks run again, which wait at their gates."""
+        for rank in self._ranks[variant]:
+            os.kill(rank.pid, signal.SIGCONT)
+        time.sleep(_WAKE_SECONDS)
+
+    def _rest(self, variant: Variant, deadline: float) -> None:
+        """Stop its ranks once all are at their gates."""
+        for rank in self._ranks[variant]:
+            line = self._line(variant, rank, deadline)
+            assert line == gate.READY, f"a rank reports {line!r} where it should be at its gate"
+        for rank in self._ranks[variant]:
+            os.kill(rank.pid, signal.SIGSTOP)
+
     def _report(self, variant: Variant, rank: _Rank, deadline: float) -> dict[str, Any]:
-        text = b""
-        while not text.endswith(b"\n"):
+        report: dict[str, Any] = json.loads(self._line(variant, rank, deadline))
+        return report
+
+    def _line(self, variant: Variant, rank: _Rank, deadline: float) -> bytes:
+        """The next line of a rank, its end included."""
+        while b"\n" not in rank.ahead:
             ready, _, _ = select.select([rank.done], [], [], max(0.0, deadline - time.perf_counter()))
             chunk = os.read(rank.done, 4096) if ready else b""
             if not chunk:
-                how = "ended" if ready else f"did not finish a step in {self.timeout_seconds:g} s"
+                how = "ended" if ready else f"did not get to its next step in {self.timeout_seconds:g} s"
                 tails = "\n".join(f"--- {r.log}\n{r.log.read_text()[-2500:]}" for r in self._ranks[variant])
                 raise RuntimeError(f"a rank of {variant.name} {how}\n{tails}")
-            text += chunk
-        report: dict[str, Any] = json.loads(text)
-        return report
+            rank.ahead += chunk
+        line, end, rank.ahead = rank.ahead.partition(b"\n")
+        return line + end
 
     def _end(self) -> None:
         ranks = [rank for ranks in self._ranks.values() for rank in ranks]
         for rank in ranks:
             os.close(rank.go)
             os.close(rank.done)
+            if not _reap(rank):
+                os.kill(rank.pid, signal.SIGCONT)
         deadline = time.monotonic() + _END_SECONDS
         while time.monotonic() < deadline and sum(map(_reap, ranks)) < len(ranks):
             time.sleep(0.05)

@@ -13,10 +13,14 @@ from megatron_disagmoe import megatron_seams
 
 SYMBOL = "megatron.training.training:train_step"
 GO = b"g"
+READY = b"\n"
+"""What a rank writes when it has come to its gate and waits there."""
 
 
 def install(go: int, done: int) -> None:
     """Hold every training step until a byte comes on file descriptor ``go``; report it as a line on ``done``.
+
+    ``READY`` is written there before each wait.
 
     Where ``go`` is closed the process ends at once, with exit code 0.
     """
@@ -25,6 +29,7 @@ def install(go: int, done: int) -> None:
 
 def _gated(original: Callable[..., Any], go: int, done: int) -> Callable[..., Any]:
     def train_step(*args: Any, **kwargs: Any) -> Any:
+        os.write(done, READY)
         if os.read(go, 1) != GO:
             os._exit(0)
         used, start = _cpu_seconds(), time.perf_counter()
