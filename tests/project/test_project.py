@@ -21,7 +21,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
 
 PURE = """
 import importlib, pkgutil, sys
-for name in ("topology", "model_layers", "arguments", "schedules", "builders", "simulator", "planner"):
+for name in ("topology", "model_layers", "arguments", "schedules", "builders", "simulator", "planner", "reproduction"):
     module = importlib.import_module(f"megatron_disagmoe.{name}")
     for found in pkgutil.walk_packages(getattr(module, "__path__", []), module.__name__ + "."):
         importlib.import_module(found.name)
