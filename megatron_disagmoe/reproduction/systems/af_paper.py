@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -67,11 +67,22 @@ class Shape:
         return self.replicas * self.groups * (self.attention_gpus + self.ffn_ranks)
 
 
-class Evaluated:
-    """What a shape costs: stages, transfers, memory."""
+@dataclass
+class Shared:
+    """What shapes of one task have in common, by what it depends on."""
 
-    def __init__(self, task: Task, shape: Shape) -> None:
+    attention: dict[tuple[int, int, Recompute], AttentionSide] = field(default_factory=dict)
+    ffn: dict[tuple[int, int, Recompute], FfnSide] = field(default_factory=dict)
+    held: dict[tuple[int, int], float] = field(default_factory=dict)
+    transfers: dict[Shape, tuple[float, float, float]] = field(default_factory=dict)
+
+
+class Evaluated:
+    """What a shape costs: stages, transfers, memory. ``shared``: of all shapes of the task."""
+
+    def __init__(self, task: Task, shape: Shape, shared: Shared | None = None) -> None:
         self.task, self.shape = task, shape
+        self.shared = Shared() if shared is None else shared
         self.model = task.model
         self.pool = task.cluster.pools[0]
         self.width = self.pool.gpu.bytes_per_number
@@ -109,12 +120,24 @@ class Evaluated:
     @cached_property
     def attention(self) -> AttentionSide:
         """Stages of an attention GPU."""
-        s = self.shape
-        return _attention(_Key(self.task), s.tensor_parallel, s.context_parallel, s.recompute_attention)
+        s, task = self.shape, self.task
+        key = (s.tensor_parallel, s.context_parallel, s.recompute_attention)
+        if key not in self.shared.attention:
+            sizes = AttentionSizes(task.sequence, task.constants.micro_batch_size, *key)
+            table = stage_table(self.model, sequence=task.sequence)
+            network = task.cluster.network
+            self.shared.attention[key] = attention_side(self.model, self.pool, network, table=table, sizes=sizes)
+        return self.shared.attention[key]
 
     @cached_property
     def ffn(self) -> FfnSide:
         """Stages of the fullest FFN GPU."""
+        key = (self.shape.attention_ranks, self.shape.ffn_ranks, self.shape.ffn_lever[0])
+        if key not in self.shared.ffn:
+            self.shared.ffn[key] = self._ffn()
+        return self.shared.ffn[key]
+
+    def _ffn(self) -> FfnSide:
         experts = self.model.moe.num_experts / self.shape.ffn_ranks
         rows = self.micro_batch_tokens * self.model.moe.top_k / self.shape.ffn_ranks * self.uneven
         return ffn_side(
@@ -138,6 +161,12 @@ class Evaluated:
     @cached_property
     def transfers(self) -> tuple[float, float, float]:
         """Seconds of an M2N, an N2M and a lane."""
+        key = replace(self.shape, recompute_attention=Recompute.NONE, ffn_lever=FFN_LEVERS[0])
+        if key not in self.shared.transfers:
+            self.shared.transfers[key] = self._transfers()
+        return self.shared.transfers[key]
+
+    def _transfers(self) -> tuple[float, float, float]:
         s, network = self.shape, self.task.cluster.network
         per_node = self.pool.gpus_per_node
         block = s.attention_gpus + s.ffn_ranks if s.nics is None else 2 * s.nics
@@ -230,14 +259,22 @@ class Evaluated:
         waits = _CAPPED * n * v * whole / 2 / max(self.most_live, 1)
         return max(work, waits) + (self.shape.groups - 0.5) * path
 
+    @property
+    def held(self) -> float:
+        """Parameters on the fullest attention GPU."""
+        key = (self.shape.groups, self.shape.tensor_parallel)
+        if key not in self.shared.held:
+            of_groups = attention_parameters(self.model).of_groups(key[0], tensor_parallel=key[1])
+            self.shared.held[key] = float(of_groups.max())
+        return self.shared.held[key]
+
     def fixed_and_kept(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Bytes on an attention and on an FFN GPU: what is always there, and what a live micro-batch-layer keeps."""
         s, model, c = self.shape, self.model, self.task.constants
         state = state_level(self.pool.gpu.dtype, c.bytes_per_parameter)
         whole = state.weight + state.gradient
-        held = attention_parameters(model).of_groups(s.groups, tensor_parallel=s.tensor_parallel).max()
         a_copies = s.attention_ranks * s.context_parallel * s.replicas
-        a_state = float(held) * (whole + state.optimizer / a_copies)
+        a_state = self.held * (whole + state.optimizer / a_copies)
         experts = self.layers_of_group * math.ceil(model.moe.num_experts / s.ffn_ranks) * model.num_expert_parameters
         f_state = experts * (whole + state.optimizer / s.replicas)
         message = self.micro_batch_tokens * model.moe.top_k * model.hidden_size * self.width
@@ -260,7 +297,7 @@ class Evaluated:
         """Reducing gradients and the optimizer's step, as for the baselines."""
         s, model, c = self.shape, self.model, self.task.constants
         state = state_level(self.pool.gpu.dtype, c.bytes_per_parameter)
-        held = float(attention_parameters(model).of_groups(s.groups, tensor_parallel=s.tensor_parallel).max())
+        held = self.held
         experts = self.layers_of_group * model.moe.num_experts * model.num_expert_parameters / s.ffn_ranks
         a_copies, per = s.attention_ranks * s.context_parallel * s.replicas, state.gradient + state.weight
         node = node_nic_rate(self.pool, self.task.cluster.network)
@@ -271,35 +308,6 @@ class Evaluated:
         off = (a_moved if a_copies > per_node else 0.0) * s.tensor_parallel + f_moved * f_share
         step = Timer(self.pool.gpu).memory(max(held / a_copies, experts / s.replicas))
         return off / node + 2 * state.total * float(step) + self.task.cluster.step_overhead_s
-
-
-@dataclass(frozen=True, eq=False)
-class _Key:
-    """A task where only its stages matter, hashable by what they depend on."""
-
-    task: Task
-
-    def _identity(self) -> tuple[object, ...]:
-        t, gpu = self.task, self.task.cluster.pools[0].gpu
-        factors = gpu.calibration
-        return (t.model.model_dump_json(), gpu.name, factors.attention, factors.ffn, factors.backward, t.sequence,
-                t.constants.micro_batch_size, t.cluster.pools[0].nvlink_gb_per_s)  # fmt: skip
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._identity() == other._identity()
-
-
-@lru_cache(maxsize=256)
-def _attention(key: _Key, tensor_parallel: int, context_parallel: int, recompute: Recompute) -> AttentionSide:
-    task = key.task
-    sizes = AttentionSizes(
-        task.sequence, task.constants.micro_batch_size, tensor_parallel, context_parallel, recompute
-    )
-    table = stage_table(task.model, sequence=task.sequence)
-    return attention_side(task.model, task.cluster.pools[0], task.cluster.network, table=table, sizes=sizes)
 
 
 #: A:F ratios that are tried beside 1:1, N / M.

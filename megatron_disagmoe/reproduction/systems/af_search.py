@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from megatron_disagmoe import builders
-from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape, build, levers, shapes
+from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape, Shared, build, levers, shapes
 from megatron_disagmoe.reproduction.systems.af_pipe import slowed_cluster, without_network
 from megatron_disagmoe.reproduction.systems.choose import Task
 from megatron_disagmoe.reproduction.systems.result import Result
@@ -21,19 +21,20 @@ from megatron_disagmoe.simulator.simulate import durations, simulate_orders
 _REPEATED = 1.3
 
 
-def evaluated(task: Task, shape: Shape) -> Evaluated:
-    """A shape with compute slowed by what communication takes of the SMs, if anything."""
+def slowed(task: Task) -> Task:
+    """With compute slowed by what communication takes of the SMs, if anything."""
     sms = task.constants.af_communication_sms
-    return Evaluated(dataclasses.replace(task, cluster=slowed_cluster(task.cluster, sms)), shape)
+    return dataclasses.replace(task, cluster=slowed_cluster(task.cluster, sms)) if sms else task
 
 
 def promising(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evaluated]]:
     """Shapes with levers that may fit, by estimated GPU seconds of the cluster; the best lever of each shape alone."""
     best: dict[Shape, tuple[float, Evaluated]] = {}
+    task, shared = slowed(task), Shared()
     for shape in possible:
         for candidate in levers(shape):
-            found = evaluated(task, candidate)
-            if found.most_live < builders.least_live(found.placement):
+            found = Evaluated(task, candidate, shared)
+            if found.most_live < found.layers_of_group:
                 continue
             seconds = found.estimate * (_REPEATED if candidate.ffn_lever[1] else 1.0) + found.synchronise_seconds
             if shape not in best or seconds < best[shape][0]:
