@@ -34,6 +34,7 @@ class Constants:
     tutel_most_chunks: int = 8
     af_over_nccl: float = 1.1
     af_communication_sms: float = 0.0
+    free_cuts: int = 0
     tie: float = 0.01
 
     def with_(self, name: str, value: float) -> Self:
@@ -109,6 +110,13 @@ ORIGINS: dict[str, Origin] = {
         "One-sided RDMA takes no SMs; packing and unpacking are charged as memory traffic of their own.",
         "the paper: GPUDirect RDMA and GDRCopy",
     ),
+    "free_cuts": Origin(
+        0,
+        1,
+        "The paper tunes PP and v of its baselines and names no tensor or context parallelism. So a sequence is shared "
+        "by 2, 4 or 8 GPUs only where nothing fits otherwise (0), for every system alike. 1 lets all choose freely.",
+        "the paper, set-up, for PP and v; with whole sequences on a GPU nothing fits at 32K, and the paper ran it",
+    ),
     "tie": Origin(
         0.01,
         0.01,
@@ -126,8 +134,6 @@ RATIO_TOLERANCE = 0.10
 #: included; everything whole. AF-pipe's planner has its own levers. Overlap of different micro-batches goes with the
 #: first two only (Megatron's guide advises against it under full recomputation; DeepSeek-V3 uses selective).
 #: PP and v of baselines: every PP whose world divides, every v that leaves a chunk a layer; the fastest that fits wins.
-#: Every system may also share a sequence among 2, 4 or 8 GPUs by tensor or context parallelism: with whole sequences
-#: on a GPU nothing fits at 32K (Qwen3's logits alone take 40 GB), and the paper ran it.
 
 #: What the paper's AF-pipe has, and ours for its figures: one copy per (token, expert), equal depths, interleaved 1F1B,
 #: no split backward; A_g and F_g share nodes; any A:F ratio; memory levers as needed.

@@ -5,39 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_disagmoe.planner.allocation import DispatchMode, ScheduleKind
 from megatron_disagmoe.planner.cluster_spec import Cluster
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.space import Space
 from megatron_disagmoe.reproduction.constants import Constants
 from megatron_disagmoe.reproduction.hardware import calibrate
-from megatron_disagmoe.reproduction.systems.af_pipe import OUR_SPACE, PAPER_SPACE
+from megatron_disagmoe.reproduction.systems.af_pipe import OUR_SPACE
 from megatron_disagmoe.reproduction.systems.choose import Task
 
-#: What AF-pipe may use, by name; each beyond the paper's own.
-LEVERS: dict[str, Space] = {
-    "as in the paper": replace(PAPER_SPACE, tensor_parallel=(1, 2, 4, 8), context_parallel=(1, 2, 4, 8)),
-    "split backward": replace(
-        PAPER_SPACE,
-        tensor_parallel=(1, 2, 4, 8),
-        context_parallel=(1, 2, 4, 8),
-        schedules=("interleaved-1f1b", "split-backward"),
-    ),
-    "unequal depths": replace(
-        PAPER_SPACE, tensor_parallel=(1, 2, 4, 8), context_parallel=(1, 2, 4, 8), asymmetric=True
-    ),
-    "one copy per rank": replace(
-        PAPER_SPACE, tensor_parallel=(1, 2, 4, 8), context_parallel=(1, 2, 4, 8), dispatch=("per-rank",)
-    ),
-    "one copy per node": replace(
-        PAPER_SPACE, tensor_parallel=(1, 2, 4, 8), context_parallel=(1, 2, 4, 8), dispatch=("per-node",)
-    ),
-    "everything": OUR_SPACE,
+
+@dataclass(frozen=True)
+class Levers:
+    """What AF-pipe uses beyond the paper's own. ``planner``: the planner's whole search instead (slow)."""
+
+    dispatch: DispatchMode = "per-expert"
+    kind: ScheduleKind = "interleaved-1f1b"
+    planner: Space | None = None
+
+
+#: By name; each but the last two alone on top of the paper's.
+LEVERS: dict[str, Levers] = {
+    "as in the paper": Levers(),
+    "split backward": Levers(kind="split-backward"),
+    "one copy per rank": Levers("per-rank"),
+    "one copy per node": Levers("per-node"),
+    "one copy per node, split": Levers("per-node", "split-backward"),
+    "the planner's everything": Levers(planner=OUR_SPACE),
 }
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of one study; ``x`` is what the study varies. ``slow``: how much slower one GPU is."""
+    """One point of one study; ``x`` is what the study varies. ``slow``: how much slower one GPU is.
+
+    ``free_cuts``: whether baselines may share a sequence among GPUs as they like; AF-pipe always may here.
+    """
 
     study: str
     x: str
@@ -51,7 +54,8 @@ class Point:
     cross_rail: bool = True
     zipf: float = 0.0
     slow: float = 1.0
-    levers: str = "everything"
+    levers: str = "one copy per node, split"
+    free_cuts: bool = True
 
     def cluster(self) -> Cluster:
         """H800 nodes, calibrated on figure 6a, as the point has them."""
@@ -70,7 +74,7 @@ class Point:
 
     def task(self) -> Task:
         """The same batch for every system; the tokens of a step stay the same as sequences grow."""
-        constants = replace(Constants(), bytes_per_parameter=self.bytes_per_parameter)
+        constants = replace(Constants(), bytes_per_parameter=self.bytes_per_parameter, free_cuts=int(self.free_cuts))
         cluster, model = self.cluster(), load_model(self.model)
         sequences = max(constants.sequences_per_gpu * cluster.num_gpus * 4096 // self.sequence, cluster.num_gpus // 2)
         imbalance = zipf_imbalance(model.moe.num_experts, constants.expert_parallel, self.zipf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -11,15 +12,21 @@ from typing import Any
 from megatron_disagmoe.planner.layered_costs import LayeredCosts
 from megatron_disagmoe.reproduction.beyond.points import LEVERS, Point
 from megatron_disagmoe.reproduction.figures.base import gain, summary
-from megatron_disagmoe.reproduction.systems.af_pipe import AfResult, best_af
+from megatron_disagmoe.reproduction.systems.af_build import build
+from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, shapes
+from megatron_disagmoe.reproduction.systems.af_pipe import best_af
+from megatron_disagmoe.reproduction.systems.af_search import bound_seconds, promising
+from megatron_disagmoe.reproduction.systems.af_search import run as run_shape
 from megatron_disagmoe.reproduction.systems.catalogue import BASELINES
-from megatron_disagmoe.reproduction.systems.choose import best
+from megatron_disagmoe.reproduction.systems.choose import Task, best
 from megatron_disagmoe.reproduction.systems.result import Result
 from megatron_disagmoe.schedules.orders import Orders, group_of_stage
 from megatron_disagmoe.simulator.simulate import simulate_orders
 
 _BASELINES = ("megatron-1f1b", "comet", "dualpipe", "dualpipe-per-node")
 RIVAL = "dualpipe-per-node"
+#: Shapes that get schedules at a point.
+_KEEP = 6
 
 
 @dataclass(frozen=True)
@@ -65,25 +72,43 @@ def run_point(point: Point) -> Outcome:
         system = BASELINES[name](task.constants)
         system.slow = point.slow
         results[name] = best(system, task)
-    ours = best_af(task, space=LEVERS[point.levers], keep=3)
-    if ours is not None and point.slow > 1:
-        ours = with_slow_gpu(ours, point.slow)
+    ours, bound = _af_pipe(point, task)
     results["af-pipe"] = ours
-    return Outcome(point, results, ours.least_bound if ours else 0.0)
+    return Outcome(point, results, bound)
 
 
-def with_slow_gpu(result: AfResult, slow: float) -> AfResult:
+def _af_pipe(point: Point, task: Task) -> tuple[Result | None, float]:
+    """AF-pipe with the point's levers, and the least lower bound among the allocations that were looked at."""
+    levers = LEVERS[point.levers]
+    if levers.planner is not None:
+        found = best_af(task, space=levers.planner, keep=3)
+        return found, found.least_bound if found else 0.0
+    possible = [dataclasses.replace(each, dispatch=levers.dispatch, kind=levers.kind) for each in shapes(task)]
+    ranked = promising(task, possible)[:_KEEP]
+    best: tuple[Result, Evaluated] | None = None
+    bounds = []
+    for _, candidate in ranked:
+        bounds.append(bound_seconds(candidate))
+        result = run_shape(candidate, below=best[0].step_seconds if best else math.inf)
+        if result is not None and (best is None or result.step_seconds < best[0].step_seconds):
+            best = result, candidate
+    if best is None:
+        return None, 0.0
+    result, candidate = best
+    if point.slow > 1:
+        result = with_slow_gpu(result, candidate, point.slow)
+    return result, min(bounds)
+
+
+def with_slow_gpu(result: Result, candidate: Evaluated, slow: float) -> Result:
     """The same schedule where one GPU of one group is slower: its whole group waits for it. The worst group counts."""
-    assert result.ranked is not None, "made by best_af"
-    ranked = result.ranked
-    orders, costs = Orders.of(ranked.schedule), ranked.evaluation.costs
+    schedule = build(candidate)
+    assert schedule is not None, "it was built before"
+    orders, costs = Orders.of(schedule), candidate.costs
     groups = group_of_stage(orders.placement).tolist()
     longest = max(simulate_orders(orders, _slowed(costs, groups, group, slow)).makespan for group in set(groups))
-    return dataclasses.replace(
-        result,
-        step_seconds=longest + ranked.evaluation.synchronise_seconds,
-        pipeline_seconds=longest,
-    )
+    step = longest + candidate.synchronise_seconds
+    return dataclasses.replace(result, step_seconds=step, pipeline_seconds=longest)
 
 
 def _slowed(costs: LayeredCosts, groups: list[int], group: int, slow: float) -> LayeredCosts:

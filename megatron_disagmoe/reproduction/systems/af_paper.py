@@ -18,25 +18,26 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_disagmoe import builders
-from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.planner.activations import PAIR_BYTES, Recompute
+from megatron_disagmoe.planner.allocation import DispatchMode, ScheduleKind
 from megatron_disagmoe.planner.arrays import Floats
 from megatron_disagmoe.planner.attention_side import AttentionSide, AttentionSizes, attention_side, stage_table
 from megatron_disagmoe.planner.ffn_side import FfnSide, ffn_side
 from megatron_disagmoe.planner.layered_costs import LayeredCosts
 from megatron_disagmoe.planner.layout import Geometry
 from megatron_disagmoe.planner.memory import LANES, MESSAGES
+from megatron_disagmoe.planner.model_spec import MixtureOfExperts
 from megatron_disagmoe.planner.operations import packing_numbers
+from megatron_disagmoe.planner.routing import expected_parts
 from megatron_disagmoe.planner.space import FFN_LEVERS, FfnLever
 from megatron_disagmoe.planner.states import attention_parameters, state_level
 from megatron_disagmoe.planner.timing import Timer
-from megatron_disagmoe.planner.traffic import Ends, node_nic_rate, rows_per_token, transfer_times, volumes
+from megatron_disagmoe.planner.traffic import Ends, Rows, node_nic_rate, transfer_times, volumes
 from megatron_disagmoe.reproduction.systems.choose import Task
-from megatron_disagmoe.schedules.actions import Placement, Schedule
+from megatron_disagmoe.schedules.actions import Placement
 
-#: Orders under tight caps take so much longer than the mean life of an activation asks for (docs/frontier.md).
-_CAPPED = 1.5
+#: How steeply step times rise below the cap that groups of 2p micro-batches ask for; for choosing what to build.
+_CAPPED = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Shape:
     """p groups a side, M attention and N FFN ranks, TP and CP of an attention rank, R replicas; levers of memory.
 
     ``nics``: NICs of either side of a block, which then lies on as many nodes as have them; None: the block's own.
+    ``dispatch``, ``kind``: the paper's own where not given.
     """
 
     groups: int
@@ -55,11 +57,18 @@ class Shape:
     recompute_attention: Recompute = Recompute.NONE
     ffn_lever: FfnLever = FFN_LEVERS[0]
     nics: int | None = None
+    dispatch: DispatchMode = "per-expert"
+    kind: ScheduleKind = "interleaved-1f1b"
+
+    @property
+    def gpus_per_rank(self) -> int:
+        """GPUs that share a sequence."""
+        return self.tensor_parallel * self.context_parallel
 
     @property
     def attention_gpus(self) -> int:
         """Of one group."""
-        return self.attention_ranks * self.tensor_parallel * self.context_parallel
+        return self.attention_ranks * self.gpus_per_rank
 
     @property
     def gpus(self) -> int:
@@ -154,9 +163,29 @@ class Evaluated:
     def packing(self) -> float:
         """Seconds of a layer on an attention GPU, each direction."""
         tokens = self.micro_batch_tokens / self.shape.attention_gpus
-        numbers = packing_numbers(self.model, copies=np.array(float(self.model.moe.top_k)))
+        numbers = packing_numbers(self.model, copies=self.rows.packed[0])
         seconds = float(Timer(self.pool.gpu).memory(numbers * tokens * self.width))
         return seconds * self.pool.gpu.calibration.attention
+
+    @property
+    def nodes(self) -> float:
+        """That a block lies on, broken where it doesn't fill them."""
+        s = self.shape
+        block = s.attention_gpus + s.ffn_ranks if s.nics is None else 2 * s.nics
+        return block / self.pool.gpus_per_node
+
+    @cached_property
+    def rows(self) -> Rows:
+        """That a token sends, and that are handed on inside the receivers' nodes."""
+        moe, s = self.model.moe, self.shape
+        one = np.ones(1)
+        if s.dispatch == "per-expert":
+            return Rows(one * moe.top_k, one * 0.0)
+        ranks = _parts(moe, s.ffn_ranks)
+        if s.dispatch == "per-rank":
+            return Rows(one * ranks, one * 0.0)
+        nodes = min(ranks, _parts(moe, max(1, math.ceil(self.nodes))))
+        return Rows(one * nodes, one * (ranks - nodes))
 
     @cached_property
     def transfers(self) -> tuple[float, float, float]:
@@ -169,8 +198,8 @@ class Evaluated:
     def _transfers(self) -> tuple[float, float, float]:
         s, network = self.shape, self.task.cluster.network
         per_node = self.pool.gpus_per_node
-        block = s.attention_gpus + s.ffn_ranks if s.nics is None else 2 * s.nics
-        nodes = block / per_node
+        nodes = self.nodes
+        block = nodes * per_node
         inside = max(0.0, 1 - 1 / nodes)
         if s.groups == 1:
             between = inside
@@ -200,11 +229,10 @@ class Evaluated:
             attention_nic=one * nics / s.attention_gpus,
             ffn_nic=one * nics / s.ffn_ranks,
         )
-        rows = rows_per_token(self.model.moe, "per-expert", ffn_ranks=np.array([1]), ffn_nodes=np.array([1]))
         moved = volumes(
             self.model,
             geometry,
-            rows,
+            self.rows,
             tokens=one * self.micro_batch_tokens,
             attention_groups=one * s.groups,
             width=self.width,
@@ -256,8 +284,12 @@ class Evaluated:
         path = attention + ffn + 2 * (m2n + n2m)
         whole = self.model.num_moe_layers * path
         work = n * (v * max(attention, ffn, port) + tail / (1 if self.shape.groups == 1 else 2))
-        waits = _CAPPED * n * v * whole / 2 / max(self.most_live, 1)
-        return max(work, waits) + (self.shape.groups - 0.5) * path
+        waits = n * v * whole / 2 / max(self.most_live, 1)
+        groups = self.shape.groups
+        # interleaved orders with groups of 2p micro-batches; below that the builders' orders soon fall behind
+        wanted = min(2 * (v - 1) * groups + 4 * groups + 1, n * v)
+        short = max(1.0, wanted / max(self.most_live, 1)) ** _CAPPED
+        return (max(work, waits) + (groups - 0.5) * path) * short
 
     @property
     def held(self) -> float:
@@ -277,11 +309,13 @@ class Evaluated:
         a_state = self.held * (whole + state.optimizer / a_copies)
         experts = self.layers_of_group * math.ceil(model.moe.num_experts / s.ffn_ranks) * model.num_expert_parameters
         f_state = experts * (whole + state.optimizer / s.replicas)
-        message = self.micro_batch_tokens * model.moe.top_k * model.hidden_size * self.width
+        packed, handed = float(self.rows.packed[0]), float(self.rows.handed_on[0])
+        message = self.micro_batch_tokens * packed * model.hidden_size * self.width
+        received = message * (packed + handed) / packed
         lane = self.micro_batch_tokens * model.hidden_size * self.width if s.groups > 1 else 0.0
         a_fixed = a_state + self.attention.workspace + self.attention.tail_workspace
         a_fixed += (MESSAGES * message + LANES * lane) / s.attention_gpus
-        f_fixed = f_state + float(self.ffn.workspace) + MESSAGES * message * self.uneven / s.ffn_ranks
+        f_fixed = f_state + float(self.ffn.workspace) + MESSAGES * received * self.uneven / s.ffn_ranks
         pairs = self.micro_batch_tokens * model.moe.top_k * PAIR_BYTES / s.ffn_ranks
         f_kept = pairs if s.ffn_lever[1] else float(self.ffn.kept)
         return (a_fixed, float(self.attention.kept[:-1].mean())), (f_fixed, f_kept)
@@ -308,6 +342,13 @@ class Evaluated:
         off = (a_moved if a_copies > per_node else 0.0) * s.tensor_parallel + f_moved * f_share
         step = Timer(self.pool.gpu).memory(max(held / a_copies, experts / s.replicas))
         return off / node + 2 * state.total * float(step) + self.task.cluster.step_overhead_s
+
+
+def _parts(moe: MixtureOfExperts, parts: int) -> float:
+    """Different ranks (or nodes) among a token's experts; as if experts were drawn alone where they don't divide."""
+    if moe.num_experts % parts == 0:
+        return expected_parts(moe, parts)
+    return float(parts * (1 - (1 - 1 / parts) ** moe.top_k))
 
 
 #: A:F ratios that are tried beside 1:1, N / M.
@@ -340,21 +381,3 @@ def levers(shape: Shape) -> Iterator[Shape]:
     for recompute in Recompute:
         for lever in FFN_LEVERS:
             yield replace(shape, recompute_attention=recompute, ffn_lever=lever)
-
-
-def build(evaluated: Evaluated) -> Schedule | None:
-    """The schedule under the cap that memory leaves; None where none fits."""
-    cap: int | None = evaluated.most_live
-    assert cap is not None, "it is a count"
-    if cap < builders.least_live(evaluated.placement):
-        return None
-    if cap >= (evaluated.layers_of_group + 1) * evaluated.micro_batches:
-        cap = None
-    schedule = builders.build(
-        "interleaved-1f1b",
-        evaluated.placement,
-        num_micro_batches=evaluated.micro_batches,
-        costs=evaluated.costs,
-        max_live=cap,
-    )
-    return redispatching(schedule, evaluated.costs) if evaluated.shape.ffn_lever[1] else schedule

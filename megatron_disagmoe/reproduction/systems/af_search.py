@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable
 
 from megatron_disagmoe import builders
-from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape, Shared, build, levers, shapes
+from megatron_disagmoe.reproduction.systems.af_build import build
+from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape, Shared, levers, shapes
 from megatron_disagmoe.reproduction.systems.af_pipe import slowed_cluster, without_network
 from megatron_disagmoe.reproduction.systems.choose import Task
 from megatron_disagmoe.reproduction.systems.result import Result
@@ -42,6 +43,18 @@ def promising(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evalua
     return sorted(best.values(), key=lambda each: each[0])
 
 
+def chosen(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evaluated]]:
+    """``promising``, but where cuts aren't free only with the smallest cut of a sequence that fits in some shape."""
+    if task.constants.free_cuts:
+        return promising(task, possible)
+    every = list(possible)
+    for size in sorted({each.gpus_per_rank for each in every}):
+        found = promising(task, [each for each in every if each.gpus_per_rank == size])
+        if found:
+            return found
+    return []
+
+
 def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int = 8) -> Result | None:
     """The fastest of the ``keep`` most promising shapes; None where nothing fits.
 
@@ -49,11 +62,26 @@ def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int
         possible: shapes to choose from; all that ``shapes`` lists where None.
     """
     best: Result | None = None
-    for _, candidate in promising(task, shapes(task) if possible is None else possible)[:keep]:
+    for _, candidate in chosen(task, shapes(task) if possible is None else possible)[:keep]:
         result = run(candidate, below=math.inf if best is None else best.step_seconds)
         if result is not None and (best is None or result.step_seconds < best.step_seconds):
             best = result
     return best
+
+
+def bound_seconds(candidate: Evaluated) -> float:
+    """No schedule of this allocation, within its memory, makes a shorter step; infinite where none fits."""
+    shape = candidate.shape
+    if candidate.most_live < builders.least_live(candidate.placement):
+        return math.inf
+    workload = Workload.uniform(
+        candidate.placement,
+        candidate.costs,
+        num_micro_batches=candidate.micro_batches,
+        redispatch=shape.ffn_lever[1],
+        split_backward=shape.kind == "split-backward",
+    )
+    return lower_bounds(workload, max_live=candidate.most_live).cap + candidate.synchronise_seconds
 
 
 def run(candidate: Evaluated, *, below: float = math.inf) -> Result | None:
@@ -61,10 +89,7 @@ def run(candidate: Evaluated, *, below: float = math.inf) -> Result | None:
     task, shape, costs = candidate.task, candidate.shape, candidate.costs
     if candidate.most_live < builders.least_live(candidate.placement):
         return None
-    workload = Workload.uniform(
-        candidate.placement, costs, num_micro_batches=candidate.micro_batches, redispatch=shape.ffn_lever[1]
-    )
-    bound = lower_bounds(workload, max_live=candidate.most_live).cap + candidate.synchronise_seconds
+    bound = bound_seconds(candidate)
     if bound >= below:
         return None
     schedule = build(candidate)
@@ -99,6 +124,8 @@ def run(candidate: Evaluated, *, below: float = math.inf) -> Result | None:
             "gpus": shape.gpus,
             "recompute": f"{shape.recompute_attention.label}/{shape.ffn_lever[0].label}",
             "redispatch": shape.ffn_lever[1],
+            "dispatch": shape.dispatch,
+            "schedule": shape.kind,
             "micro_batches": candidate.micro_batches,
             "max_live": candidate.most_live,
             "lower_bound": bound,

@@ -86,10 +86,22 @@ def job_of(system: Serial, task: Task, keep: Keep, *, cut: tuple[int, int] = (1,
 
 
 def candidates(system: Serial, task: Task) -> Iterator[Candidate]:
-    """Everything that fits, with the least recomputation that does for each shape and cut."""
+    """Everything that fits, with the least recomputation that does for each shape and cut.
+
+    Where cuts aren't free, only the smallest that fits in some shape.
+    """
+    possible = cuts(task)
+    for size in sorted({tp * cp for tp, cp in possible}):
+        found = list(_candidates(system, task, [cut for cut in possible if cut[0] * cut[1] == size]))
+        yield from found
+        if found and not task.constants.free_cuts:
+            return
+
+
+def _candidates(system: Serial, task: Task, possible: list[tuple[int, int]]) -> Iterator[Candidate]:
     c = task.constants
     parts = task.cluster.num_gpus // c.expert_parallel
-    for cut in cuts(task):
+    for cut in possible:
         costs = {keep: costs_of(job_of(system, task, keep, cut=cut)) for keep in system.keeps}
         for ranks in (p for p in range(1, parts + 1) if parts % p == 0):
             replicas = parts // ranks
