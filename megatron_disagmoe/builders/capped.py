@@ -1,8 +1,8 @@
-"""The best order within a cap on live activations: three families, each the best of some range of caps.
+"""The best order within a cap on live activations: four families, each the best of some range of caps and sizes.
 
 Interleaved orders with smaller groups come nearest to the bound from where it is flat down to about half of that;
 circular timetables (``paced``) below; and where the cap and not the work sets the pace, micro-batches that hardly wait
-(``packed``).
+(``packed``). Small instances are also built action by action (``beam``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_disagmoe.builders.beam import beamed
 from megatron_disagmoe.builders.interleaved import Shape
 from megatron_disagmoe.builders.paced import paced
 from megatron_disagmoe.builders.packed import packed
@@ -43,6 +44,8 @@ def within_cap(search: Search, *, group_size: int | None = None) -> bool:
     pressure = _pressure(task, task.max_live)
     if pressure < _NO_SHAPES or group_size is not None:
         _shapes(search, group_size)
+    if group_size is None and not search.is_over:
+        _consider(search, beamed(task.workload, task.max_live))
     if group_size is None and pressure > _ONLY_SHAPES:
         _consider(search, paced(task.workload, task.max_live))
         if pressure > _PACKED:
