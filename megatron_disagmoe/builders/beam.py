@@ -144,7 +144,7 @@ def _orders(workload: Workload, places: _Places, sequence: Ints) -> Orders:
 @njit(cache=True)
 def _rest(moment: int, corners: Ints, area: Floats, height: Ints) -> float:
     """What a micro-batch that is where a lone one is at ``moment`` still has to hold on a group."""
-    at = max(np.searchsorted(corners, moment, side="right") - 1, 0)
+    at = max(int(np.searchsorted(corners, moment, side="right")) - 1, 0)
     return float(area[at] - height[at] * (moment - corners[at]))
 
 

@@ -1,4 +1,4 @@
-"""The shortest step of a small instance under a cap, by looking at every order: bounds and builders are held against it.
+"""The shortest step of a small instance under a cap, by looking at every order: what bounds and builders are held to.
 
 Transfers take their time but never wait for a port. So the result is a lower bound for real ports, the best possible
 one that knows nothing of them.
