@@ -18,7 +18,7 @@ from megatron_disagmoe.builders.beam import beamed
 from megatron_disagmoe.builders.interleaved import Shape
 from megatron_disagmoe.builders.paced import paced
 from megatron_disagmoe.builders.packed import packed
-from megatron_disagmoe.builders.search import Search, Task, rings
+from megatron_disagmoe.builders.search import LARGE, Search, Task, rings
 from megatron_disagmoe.builders.timetable import steps_of
 from megatron_disagmoe.builders.weights import filled, split_at_once
 from megatron_disagmoe.schedules.orders import Orders, group_of_stage
@@ -51,7 +51,7 @@ def within_cap(search: Search, *, group_size: int | None = None) -> bool:
         if pressure > _PACKED:
             _consider(search, packed(task.workload, task.max_live))
         if search.best is not None:
-            search.justify(search.best, passes=3)
+            search.justify(search.best, passes=3 if len(search.best.orders) <= LARGE else 1)
     return pressure > _ONLY_SHAPES
 
 
@@ -66,6 +66,8 @@ def _pressure(task: Task, max_live: int) -> float:
 def _consider(search: Search, made: Iterable[tuple[Orders, dict[str, object]]]) -> None:
     """Orders with whole backwards, split in two ways where the task says so."""
     task = search.task
+    if search.is_spent:
+        return
     for orders, made_by in made:
         if not task.split:
             search.consider(orders, made_by)

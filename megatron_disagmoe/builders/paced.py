@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numba import njit
 
-from megatron_disagmoe.builders.timetable import NEVER, Steps, circle, give_back, most_alive, place, steps_of, take
+from megatron_disagmoe.builders.timetable import NEVER, Steps, circle, give_back, most_alive, place, steps_of
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.orders import B, F, Ints, Orders, sorted_orders
 from megatron_disagmoe.simulator.live_bound import hills
@@ -31,8 +31,10 @@ _MEMBERS = 4
 _LONGEST, _STEP = 1.6, 1.006
 #: Distances between the micro-batches of one period, as shares of it, beside those that the stages suggest.
 _SHARES = np.linspace(0.02, 0.5, 13)
-#: Steps that a search may place, and that filling in at the ends may.
-_EFFORT, _FILLING = 6_000_000, 6_000_000
+#: Steps that a search may place, that filling in at the ends of all timetables may, and to try one more filling.
+_EFFORT, _FILLING, _TRY = 6_000_000, 12_000_000, 300_000
+#: What it costs to note a step that is planned already, in steps placed.
+_NOTED = 16
 #: Timetables that are filled in, and micro-batches taken out of the rhythm at most.
 _BEST, _TAKEN_OUT = 4, 16
 
@@ -65,13 +67,14 @@ def paced(workload: Workload, max_live: int) -> Iterator[tuple[Orders, dict[str,
         workload = replace(workload, split=(0,) * len(workload.split))
     placement, n, paths = workload.placement, workload.num_micro_batches, Paths(workload)
     steps = steps_of(paths)
+    effort = _FILLING
     for timetable in timetables(paths, steps, max_live)[:_BEST]:
         about: dict[str, object] = {
             "period": timetable.period / steps.scale / len(timetable.releases),
             "members": len(timetable.releases),
         }
         yield orders_of(placement, n, steps, timetable.plan(n)), about
-        filled = _filled(timetable, steps, n, max_live)
+        filled, effort = _filled(timetable, steps, n, max_live, effort)
         if filled is not None:
             times, taken_out = filled
             yield orders_of(placement, n, steps, times), {**about, "taken_out": taken_out}
@@ -162,31 +165,34 @@ def _distances(steps: Steps, laps: set[tuple[int, int]], period: int) -> list[in
     return sorted(time for time in tried if 0 < time < period)
 
 
-def _filled(timetable: Timetable, steps: Steps, n: int, max_live: int) -> tuple[Ints, int] | None:
-    """All steps with as many micro-batches taken out of the rhythm as fit in elsewhere; None where none do."""
+def _filled(
+    timetable: Timetable, steps: Steps, n: int, max_live: int, effort: int
+) -> tuple[tuple[Ints, int] | None, int]:
+    """All steps with as many micro-batches taken out of the rhythm as fit in elsewhere, None where none do.
+
+    And what is left of ``effort``.
+    """
     alone = int((timetable.times[:, -1] + steps.duration[-1] - timetable.releases).max())
     pace = timetable.period // len(timetable.releases)
-    stride = max(1, pace // 8)
+    stride = max(1, pace // 8, 3 * alone * len(steps.duration) // _TRY)
     best: tuple[Ints, int] | None = None
-    effort = _FILLING
     for taken_out in range(1, min(_TAKEN_OUT, n - 1) + 1):
         plan = timetable.plan(n - taken_out)
         latest = int(plan[:, -1].max()) + int(steps.duration[-1])
         releases = np.arange(0, latest, stride)
         releases = releases[(releases < alone) | (releases > latest - 2 * alone)]
-        effort -= len(plan) * len(steps.duration) + len(releases) * len(steps.duration)
+        effort -= (_NOTED * len(plan) + len(releases)) * len(steps.duration)
         if effort <= 0:
             break
+        taken = taken_by(plan, steps, room=taken_out * steps.busiest + 1)
         added, number = fill_in(
-            plan,
+            *taken.arrays,
             releases,
             taken_out,
             latest,
             NEVER,
             0,
             max_live,
-            steps.num_groups,
-            steps.busiest,
             steps.group,
             steps.compute,
             steps.duration,
@@ -198,20 +204,73 @@ def _filled(timetable: Timetable, steps: Steps, n: int, max_live: int) -> tuple[
         if number < taken_out:
             break
         best = np.concatenate((plan, added)), taken_out
-    return best
+    return best, effort
+
+
+@dataclass(frozen=True)
+class Taken:
+    """When resources are taken and activations alive: rows of starts and ends in order, each so long as its count says.
+
+    Rows of ``begin`` and ``end`` are resources (``Steps``), those of ``born`` and ``dead`` groups.
+    """
+
+    begin: Ints
+    end: Ints
+    count: Ints
+    born: Ints
+    dead: Ints
+    lives: Ints
+
+    @property
+    def arrays(self) -> tuple[Ints, Ints, Ints, Ints, Ints, Ints]:
+        """What ``fill_in`` wants, and changes."""
+        return self.begin, self.end, self.count, self.born, self.dead, self.lives
+
+
+def taken_by(plan: Ints, steps: Steps, *, room: int) -> Taken:
+    """What the micro-batches of ``plan`` take, with room for ``room`` more starts and ends in each row."""
+    uses = [(column, np.flatnonzero((column >= 0) & (steps.duration > 0))) for column in (steps.first, steps.second)]
+    resource = np.concatenate([np.tile(column[step], len(plan)) for column, step in uses])
+    starts = np.concatenate([plan[:, step].ravel() for _, step in uses])
+    ends = starts + np.concatenate([np.tile(steps.duration[step], len(plan)) for _, step in uses])
+    count = np.bincount(resource, minlength=3 * steps.num_groups)
+    groups = np.tile(steps.group, len(plan))
+    born = plan[:, steps.compute[: len(steps.group)]].ravel()
+    last = steps.compute[: len(steps.group) - 1 : -1]
+    dead = np.maximum((plan[:, last] + steps.duration[last]).ravel(), born + 1)
+    lives = np.bincount(groups, minlength=steps.num_groups)
+    return Taken(
+        begin=_rows(resource, starts, count, room),
+        end=_rows(resource, ends, count, room),
+        count=count,
+        born=_rows(groups, born, lives, room),
+        dead=_rows(groups, dead, lives, room),
+        lives=lives,
+    )
+
+
+def _rows(row: Ints, values: Ints, count: Ints, room: int) -> Ints:
+    """Each row's values in order; no two of a resource overlap, so starts and ends have the same order."""
+    order = np.lexsort((values, row))
+    made = np.zeros((len(count), int(count.max()) + room), np.int64)
+    made[row[order], np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)] = values[order]
+    return made
 
 
 @njit(cache=True)
 def fill_in(
-    plan: Ints,
+    begin: Ints,
+    end: Ints,
+    count: Ints,
+    born: Ints,
+    dead: Ints,
+    lives: Ints,
     releases: Ints,
     wanted: int,
     latest: int,
     longest: int,
     apart: int,
     max_live: int,
-    num_groups: int,
-    busiest: int,
     group: Ints,
     compute: Ints,
     duration: Ints,
@@ -220,21 +279,12 @@ def fill_in(
     after: Ints,
     also: Ints,
 ) -> tuple[Ints, int]:
-    """Place ``wanted`` more micro-batches beside ``plan``, at ``releases`` or later, done by ``latest``, in the cap.
+    """Place ``wanted`` more micro-batches beside what is ``Taken``, at ``releases`` or later, done by ``latest``.
 
-    Each takes at most ``longest``, and leaves ``apart`` after the one before it or later.
+    Within the cap. Each takes at most ``longest``, and leaves ``apart`` after the one before it or later.
     """
-    planned, steps = plan.shape
-    size = (planned + wanted) * busiest + 1
-    begin, end = np.empty((3 * num_groups, size), np.int64), np.empty((3 * num_groups, size), np.int64)
-    count = np.zeros(3 * num_groups, np.int64)
-    # each group's starts and ends of activations, in order
-    born, dead = np.empty((num_groups, size), np.int64), np.empty((num_groups, size), np.int64)
-    lives = np.zeros(num_groups, np.int64)
-    for micro_batch in range(planned):
-        for step in range(steps):
-            take(begin, end, count, NEVER, first, second, step, plan[micro_batch, step], duration[step])
-        _live(born, dead, lives, group, compute, duration, plan[micro_batch])
+    steps = len(duration)
+    by_group, bounds = np.argsort(group), np.searchsorted(np.sort(group), np.arange(len(lives) + 1))
     added = np.zeros((wanted, steps), np.int64)
     number, free = 0, -NEVER
     for release in releases:
@@ -242,7 +292,7 @@ def fill_in(
             times, end_by = added[number], min(latest, release + longest)
             if not place(begin, end, count, NEVER, release, end_by, duration, first, second, after, also, times):
                 break
-            if not _fits_the_cap(born, dead, lives, group, compute, duration, times, max_live, num_groups):
+            if not _fits_the_cap(born, dead, lives, by_group, bounds, compute, duration, times, max_live):
                 give_back(begin, end, count, NEVER, duration, first, second, times, steps)
                 break
             _live(born, dead, lives, group, compute, duration, times)
@@ -272,22 +322,22 @@ def _fits_the_cap(
     born: Ints,
     dead: Ints,
     lives: Ints,
-    group: Ints,
+    by_group: Ints,
+    bounds: Ints,
     compute: Ints,
     duration: Ints,
     times: Ints,
     max_live: int,
-    num_groups: int,
 ) -> bool:
     """Whether a micro-batch at ``times`` keeps every group within the cap."""
-    stages = len(group)
-    for mine in range(num_groups):
+    stages = len(by_group)
+    for mine in range(len(lives)):
+        own_stages = by_group[bounds[mine] : bounds[mine + 1]]
         low, high = NEVER, -NEVER
-        for stage in range(stages):
-            if group[stage] == mine:
-                last = compute[2 * stages - 1 - stage]
-                low = min(low, times[compute[stage]])
-                high = max(high, times[last] + duration[last])
+        for stage in own_stages:
+            last = compute[2 * stages - 1 - stage]
+            low = min(low, times[compute[stage]])
+            high = max(high, times[last] + duration[last])
         ended = np.searchsorted(dead[mine, : lives[mine]], low, side="right")
         started = np.searchsorted(born[mine, : lives[mine]], low, side="right")
         moment = low
@@ -297,14 +347,13 @@ def _fits_the_cap(
             while started < lives[mine] and born[mine, started] <= moment:
                 started += 1
             own, following = 0, high
-            for stage in range(stages):
-                if group[stage] == mine:
-                    last = compute[2 * stages - 1 - stage]
-                    begins, ends = times[compute[stage]], times[last] + duration[last]
-                    if begins <= moment < max(ends, begins + 1):
-                        own += 1
-                    if begins > moment:
-                        following = min(following, begins)
+            for stage in own_stages:
+                last = compute[2 * stages - 1 - stage]
+                begins, ends = times[compute[stage]], times[last] + duration[last]
+                if begins <= moment < max(ends, begins + 1):
+                    own += 1
+                if begins > moment:
+                    following = min(following, begins)
             if started - ended + own > max_live:
                 return False
             if started < lives[mine]:

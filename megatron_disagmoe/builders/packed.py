@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_disagmoe.builders.paced import fill_in, orders_of
+from megatron_disagmoe.builders.paced import fill_in, orders_of, taken_by
 from megatron_disagmoe.builders.timetable import NEVER, steps_of
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.live_bound import hills
@@ -44,16 +44,15 @@ def packed(workload: Workload, max_live: int) -> Iterator[tuple[Orders, dict[str
         effort -= (n * alone // stride) * len(steps.duration) // 4
         if effort < 0:
             return
+        taken = taken_by(none, steps, room=n * steps.busiest + 1)
         added, number = fill_in(
-            none,
+            *taken.arrays,
             np.arange(0, n * alone, stride),
             n,
             NEVER,
             int(patience * alone),
             int(share * pace),
             max_live,
-            steps.num_groups,
-            n * steps.busiest,
             steps.group,
             steps.compute,
             steps.duration,

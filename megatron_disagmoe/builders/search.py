@@ -26,6 +26,8 @@ from megatron_disagmoe.simulator.simulate import Run, simulate_orders
 
 #: Actions that a search may simulate: about a second.
 EFFORT = 1_500_000
+#: Orders of more actions than this are searched for once only, and hardly improved afterwards.
+LARGE = 50_000
 #: Share of the time that is given for half as many live activations, where there are 4 L of them.
 _MEMORY = 2e-3
 #: An order that takes this much longer on virtual groups is not looked at on the real ones.
@@ -178,9 +180,12 @@ class Search:
         for count in range(passes):
             if self.is_over:
                 return
-            self.spend(found.orders, 2)
+            self.spend(found.orders)
             forward = listing.forward(priority, max_live=self.task.max_live)
             self.consider(listing.in_turn(forward), {**found.made_by, "justified": count})
+            if count == passes - 1:
+                return
+            self.spend(found.orders)
             backward = listing.backward(-forward.end)
             priority = backward.makespan - backward.end
 

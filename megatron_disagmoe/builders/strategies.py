@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from megatron_disagmoe.builders.capped import within_cap
 from megatron_disagmoe.builders.interleaved import Shape
-from megatron_disagmoe.builders.search import Found, Search, Task, least_live, one_by_one, rings
+from megatron_disagmoe.builders.search import LARGE, Found, Search, Task, least_live, one_by_one, rings
 from megatron_disagmoe.schedules.actions import Placement
 
 _SLOPES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
@@ -18,8 +18,6 @@ _STARTS = ((2.0, 3, 1), (4.0, 3, 2), (1.0, 2, 1), (3.0, 4, 1), (5.0, 3, 1))
 _JUSTIFIED = 3
 #: Makespans this close are alike, and fewer live activations decide.
 _ALIKE = 1e-3
-#: Orders of more actions than this are searched for once only.
-_LARGE = 50_000
 
 
 def best_order(task: Task, *, group_size: int | None = None) -> Found:
@@ -29,7 +27,7 @@ def best_order(task: Task, *, group_size: int | None = None) -> Found:
     """
     found = _search(task, group_size)
     lean = max(4 * task.placement.num_layers + 4 * max(rings(task)), least_live(task.placement))
-    if task.max_live is not None or task.forward_only or found.live <= lean or len(found.orders) > _LARGE:
+    if task.max_live is not None or task.forward_only or found.live <= lean or len(found.orders) > LARGE:
         return found
     leaner = _search(replace(task, max_live=lean), group_size)
     return leaner if leaner.run.makespan <= found.run.makespan * (1 + _ALIKE) else found

@@ -188,6 +188,23 @@ def executor(out: OutOption = None, as_json: bool = JsonOption) -> None:
         raise typer.Exit(EXIT_DOES_NOT_HOLD)
 
 
+@app.command()
+def tracing(
+    out: OutOption = None,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps, half of them traced.")] = 120,
+    as_json: bool = JsonOption,
+) -> None:
+    """What --af-trace-dir costs: the quickstart's model on four ranks, every other step traced."""
+    with bad_input_exits_2(), tempfile.TemporaryDirectory(prefix="disagmoe-bench-") as scratch:
+        from megatron_disagmoe.benchmarks.tracing import measure
+
+        rows = measure((out or Path(scratch)) / "tracing", steps=steps)
+        result = finish("tracing", rows, out)
+    emit(result, as_json=as_json, render=lambda console: _show_tracing(console, rows))
+    if not all(row["holds"] for row in rows):
+        raise typer.Exit(EXIT_DOES_NOT_HOLD)
+
+
 def finish(name: str, rows: list[dict[str, Any]], out: Path | None) -> dict[str, Any]:
     """The result to print; with ``out`` also written to ``NAME.json`` there."""
     result: dict[str, Any] = {"rows": rows}
@@ -289,6 +306,21 @@ def _show_executor(console: Console, rows: list[dict[str, Any]]) -> None:
         both = [name for column in columns for name in (column, f"median_{column}")]
         names = (row[name] for name in ("group", "schedule", "transport", "dispatch"))
         table.add_row(*names, *(f"{row[name]:.0f}" for name in (*both, "modules_us_per_compute_action")))
+    console.print(table)
+
+
+def _show_tracing(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(title="A step with traces against one without: medians, and 95% of where they may lie")
+    table.add_column("group")
+    for name in ("ms without", "ms with", "longer by", "processor time: ms without", "ms with", "more by"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = []
+        for name in ("wall", "processor"):
+            low, high = (100 * row[f"{name}_overhead_{end}"] for end in ("low", "high"))
+            cells += [f"{row[f'{name}_ms_{kind}']:.1f}" for kind in ("plain", "traced")]
+            cells.append(f"{100 * row[f'{name}_overhead']:.1f}% ({low:.1f} to {high:.1f})")
+        table.add_row(row["group"], *cells)
     console.print(table)
 
 
