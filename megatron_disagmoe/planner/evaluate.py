@@ -47,9 +47,9 @@ class GroupMemory:
         parts = self.parameters_and_gradients + self.optimizer + self.activations + self.workspace + self.transport
         return parts + self.reserved
 
-    def with_live(self, live: int) -> GroupMemory:
-        """The same with another live count."""
-        return replace(self, live=live, activations=live * self.kept_per_live)
+    def with_live(self, live: int, *, extra: float = 0.0) -> GroupMemory:
+        """The same with another live count, and ``extra`` bytes of activations."""
+        return replace(self, live=live, activations=live * self.kept_per_live + extra)
 
     def most_live(self, usable: float) -> int:
         """The most micro-batch-layers that fit ``usable`` bytes, reserve not counted; below 0 where nothing does."""
@@ -131,6 +131,12 @@ class Evaluation:
             n2m=float(self.links.n2m[0]),
             lane=float(self.links.lane[0]),
         )
+
+    @property
+    def tail_bytes(self) -> float:
+        """What one micro-batch keeps in the tail. The tail's group has room for one in its workspace."""
+        a, cut, r = self.problem.attention, int(self.candidate.cut[0]), int(self.candidate.recompute[0])
+        return float(a.tail_kept[cut, r] + a.tail_workspace[cut])
 
     @property
     def again_times(self) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from megatron_disagmoe.planner.problem import Problem
 from megatron_disagmoe.planner.search import TIE, Found, search
 from megatron_disagmoe.planner.space import fixed_sizes
 from megatron_disagmoe.schedules.actions import Group, Schedule, Side
-from megatron_disagmoe.schedules.liveness import peak_live
+from megatron_disagmoe.schedules.liveness import lifetimes, live_counts, peak_live
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.simulate import simulate_orders
 
@@ -26,6 +26,8 @@ from megatron_disagmoe.simulator.simulate import simulate_orders
 _REFINED, _CHOICES = 2, 200
 #: Most of them that are scheduled, for each shape: many where a schedule is small (layers x micro-batches), else few.
 _MANY, _FEW, _SMALL = 40, 4, 200
+#: How often a lower cap is tried for schedules whose tail holds more than one micro-batch.
+_LOWER = 3
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,26 @@ def rerank(
 ) -> list[Ranked]:
     """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs.
 
-    For the best shapes their other choices (layout, dispatch, levers, kinds of schedule) are tried too, by their lower
-    bounds: with too little memory for an unhindered schedule the analytic time tells little. What cannot be faster
-    than ``below`` is left out.
+    For the best shapes, and for those whose best choice fits with no real schedule, their other choices (layout,
+    dispatch, levers, kinds of schedule) are tried too, by their lower bounds: with too little memory for an unhindered
+    schedule the analytic time tells little. What cannot be faster than ``below`` is left out.
     """
     problem = found.problem
     contest = _Contest(below)
+    without: list[Evaluation] = []
     for at in range(len(found.seconds)):
         evaluation = evaluate(problem, allocation_of(problem, found.candidates, at))
         chosen = evaluation.allocation.schedule
         kinds = [kind for kind in problem.space.schedules if kind != "sequential"]
+        before = len(contest.ranked)
         for kind in kinds if chosen != "sequential" else [chosen]:
             contest.enter(evaluation, kind)
+        if len(contest.ranked) == before:
+            without.append(evaluation)
         if progress:
             progress(at + 1, len(found.seconds))
-    for best in in_order(contest.ranked)[:_REFINED]:
-        _refine(problem, best, contest)
+    for evaluation in [*without, *(each.evaluation for each in in_order(contest.ranked)[:_REFINED])]:
+        _refine(problem, evaluation, contest)
     return in_order(contest.ranked)
 
 
@@ -106,12 +112,13 @@ class _Contest:
         return True
 
 
-def _refine(problem: Problem, best: Ranked, contest: _Contest) -> None:
-    a = best.evaluation.allocation
+def _refine(problem: Problem, shape: Evaluation, contest: _Contest) -> None:
+    """Rank other choices for the sizes of ``shape``."""
+    a = shape.allocation
     sizes = replace(problem, space=fixed_sizes(problem.space, a))
     found = search(sizes, keep=_CHOICES, every_choice=True)
     every = [evaluate(sizes, allocation_of(sizes, found.candidates, at)) for at in range(len(found.seconds))]
-    left = _MANY if best.evaluation.num_micro_batches * problem.num_layers <= _SMALL else _FEW
+    left = _MANY if shape.num_micro_batches * problem.num_layers <= _SMALL else _FEW
     for evaluation in sorted(every, key=lambda each: each.fill_bound + each.synchronise_seconds):
         if left > 0 and contest.enter(evaluation, evaluation.allocation.schedule):
             left -= 1
@@ -141,16 +148,20 @@ def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:
 def rank(evaluation: Evaluation, kind: ScheduleKind) -> Ranked | None:
     """The allocation with the best schedule of this kind that fits its memory; None where none does."""
     evaluation = evaluate(evaluation.problem, replace(evaluation.allocation, schedule=kind))
-    cap: int | None = live_cap(evaluation)
-    assert cap is not None, "it is a count"
-    if cap < builders.least_live(evaluation.placement):
-        return None
+    cap = live_cap(evaluation)
     a = evaluation.allocation
-    most = -(-evaluation.problem.num_layers // min(a.attention_groups, a.ffn_groups)) + 1
-    if cap >= most * evaluation.num_micro_batches:
-        cap = None  # never reached
-    ranked = ranked_as_planned(evaluation, group_size=None, max_live=cap)
-    return ranked if _fits(ranked) else None
+    held = -(-evaluation.problem.num_layers // min(a.attention_groups, a.ffn_groups)) + 1
+    most, least = held * evaluation.num_micro_batches, builders.least_live(evaluation.placement)
+    for _ in range(_LOWER):
+        if cap < least:
+            return None
+        # A cap that is never reached is none.
+        ranked = ranked_as_planned(evaluation, group_size=None, max_live=None if cap >= most else cap)
+        too_many = _too_many(ranked)
+        if too_many <= 0:
+            return ranked
+        cap = min(cap, max(ranked.peak_live.values())) - too_many
+    return None
 
 
 def ranked_as_planned(evaluation: Evaluation, *, group_size: int | None, max_live: int | None) -> Ranked:
@@ -163,11 +174,15 @@ def ranked_as_planned(evaluation: Evaluation, *, group_size: int | None, max_liv
 
 
 def live_cap(evaluation: Evaluation) -> int:
-    """The most micro-batch-layers that every group can hold."""
+    """The most live activations, the tail's included, that every group can hold."""
     p = evaluation.problem
     a_usable, f_usable = p.attention_pool.gpu.usable_bytes, p.ffn_pool.gpu.usable_bytes
-    sides = ((evaluation.attention_first, a_usable), (evaluation.attention_tail, a_usable), (evaluation.ffn, f_usable))
-    return min(memory.most_live(usable) for memory, usable in sides)
+    tail_is_first = p.num_layers % evaluation.allocation.attention_groups == 0
+    return min(
+        evaluation.attention_first.most_live(a_usable) + tail_is_first,
+        evaluation.attention_tail.most_live(a_usable) + 1,  # whose one tail is no micro-batch-layer
+        evaluation.ffn.most_live(f_usable),
+    )
 
 
 def _built(evaluation: Evaluation, *, group_size: int | None, max_live: int | None) -> Ranked:
@@ -183,12 +198,9 @@ def _built(evaluation: Evaluation, *, group_size: int | None, max_live: int | No
     )
     if evaluation.allocation.redispatch:
         schedule = redispatching(schedule, evaluation.costs)
-    live = peak_live(schedule)
-    tail = schedule.placement.tail_group
     run = simulate_orders(Orders.of(schedule), evaluation.costs)
-    most_a = max(count for group, count in live.items() if group.side is Side.A)
+    live = peak_live(schedule)
     most_f = max(count for group, count in live.items() if group.side is Side.F)
-    sides = (evaluation.attention_first.with_live(most_a), evaluation.attention_tail.with_live(live[tail]))
     return Ranked(
         evaluation=evaluation,
         schedule=schedule,
@@ -196,14 +208,30 @@ def _built(evaluation: Evaluation, *, group_size: int | None, max_live: int | No
         max_live=max_live,
         peak_live=live,
         pipeline_seconds=run.makespan,
-        attention=max(sides, key=lambda memory: memory.total),
+        attention=_attention_memory(evaluation, schedule, live),
         ffn=evaluation.ffn.with_live(most_f),
     )
 
 
-def _fits(ranked: Ranked) -> bool:
+def _attention_memory(evaluation: Evaluation, schedule: Schedule, live: dict[Group, int]) -> GroupMemory:
+    """Of the fullest attention group. Weight gradients that are put off keep several micro-batches in the tail."""
+    tail, layers = schedule.placement.tail_group, schedule.placement.num_layers
+    others = max((count for group, count in live.items() if group.side is Side.A and group != tail), default=0)
+    first, at_tail, one = evaluation.attention_first, evaluation.attention_tail, evaluation.tail_bytes
+    length, lives = len(schedule.actions[tail]), lifetimes(schedule)[tail]
+    over_time = zip(
+        live_counts((life for life in lives if life.layer < layers), length),
+        live_counts((life for life in lives if life.layer == layers), length),
+        strict=True,
+    )
+    waiting = [at_tail.with_live(count, extra=max(tails - 1, 0) * one) for count, tails in set(over_time)]
+    return max(*waiting, first.with_live(others), key=lambda memory: memory.total)
+
+
+def _too_many(ranked: Ranked) -> int:
+    """How many live activations fewer would fit; 0 where these do."""
     p = ranked.evaluation.problem
-    return (
-        ranked.attention.total <= p.attention_pool.gpu.memory_gb * 1e9
-        and ranked.ffn.total <= p.ffn_pool.gpu.memory_gb * 1e9
+    sides = ((ranked.attention, p.attention_pool), (ranked.ffn, p.ffn_pool))
+    return max(
+        0, *(math.ceil((memory.total - pool.gpu.memory_gb * 1e9) / memory.kept_per_live) for memory, pool in sides)
     )
