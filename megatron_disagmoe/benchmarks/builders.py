@@ -17,6 +17,7 @@ from megatron_disagmoe.schedules.liveness import peak_live
 from megatron_disagmoe.schedules.verifier import verify
 from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
 from megatron_disagmoe.simulator.costs import StageCosts
+from megatron_disagmoe.simulator.feed_bound import feed_bound
 from megatron_disagmoe.simulator.nested_bound import nested_bound
 from megatron_disagmoe.simulator.simulate import simulate
 
@@ -28,7 +29,8 @@ CAPS = (9, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 73, 88, 96, 112, 128)
 class Case:
     """One schedule to build and what it is held against.
 
-    ``bound``: ``fill``, ``nested`` (for few micro-batches) or ``cap``; the makespan may be ``bar`` times that.
+    ``bound``: ``fill``, ``nested`` (for few micro-batches), ``feed`` (where A(0) is longer than what it feeds) or
+    ``cap``; the makespan may be ``bar`` times that.
     """
 
     part: str
@@ -52,8 +54,13 @@ def cases() -> Iterator[Case]:
     costs = StageCosts(attention=1, ffn=1, transfer=0.5)
     for cap in CAPS:
         yield Case("frontier", "interleaved-1f1b", _ring(32, 4, 4), 64, costs, 1.05, "cap", cap)
+    for layers, n, caps in ((4, 8, (3, 4, 5, 6, 8, 10, 12, 16)), (8, 16, (5, 7, 9, 12, 16, 20, 28))):
+        for cap in caps:
+            yield Case("small frontier", "interleaved-1f1b", _ring(layers, 2, 2), n, costs, 1.05, "cap", cap)
     for p in (32, 64):
         yield Case("large", "interleaved-1f1b", _ring(128, p, p), 256, costs, 1.005, max_seconds=2.0)
+    for cap in (4, 20, 50, 100, 300):
+        yield Case("large capped", "interleaved-1f1b", _ring(128, 64, 64), 256, costs, 1.05, "cap", cap, 2.0)
 
 
 def named(parts: str | None) -> Iterator[Case]:
@@ -109,7 +116,7 @@ def _tails() -> Iterator[Case]:
         for embedding in (0.0, 0.2):
             costs = StageCosts(attention=1, ffn=1, transfer=0.5, tail=tail, embedding=embedding)
             for layers in (30, 32):
-                yield Case("tail", "interleaved-1f1b", _ring(layers, 4, 4), 32, costs, 1.005)
+                yield Case("tail", "interleaved-1f1b", _ring(layers, 4, 4), 32, costs, 1.005, "feed")
     costs = StageCosts(attention=1, ffn=1, transfer=0.5, tail=6)
     for p, n in ((2, 16), (4, 32)):
         yield Case("long tail", "interleaved-1f1b", balanced_placement(32, p, p, costs), n, costs, 1.08)
@@ -133,7 +140,12 @@ def measure(chosen: Iterator[Case], progress: Callable[[str], None] = lambda tex
         workload = Workload.of(schedule, case.costs)
         bounds = lower_bounds(workload, max_live=case.max_live)
         makespan = simulate(schedule, case.costs).makespan
-        bound = {"fill": bounds.fill, "cap": bounds.cap, "nested": max(bounds.fill, nested_bound(workload))}[case.bound]
+        bound = {
+            "fill": bounds.fill,
+            "cap": bounds.cap,
+            "nested": max(bounds.fill, nested_bound(workload)),
+            "feed": max(bounds.fill, feed_bound(workload)),
+        }[case.bound]
         placement = case.placement
         report = verify(schedule, max_live=case.max_live)
         rows.append(

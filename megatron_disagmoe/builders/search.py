@@ -21,6 +21,7 @@ from megatron_disagmoe.schedules.orders import B, F, Orders, W, group_of_stage
 from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.engine import Floats
+from megatron_disagmoe.simulator.feed_bound import feed_bound
 from megatron_disagmoe.simulator.nested_bound import nested_bound
 from megatron_disagmoe.simulator.simulate import Run, simulate_orders
 
@@ -50,7 +51,8 @@ class Task:
     @property
     def bound(self) -> float:
         """No order is faster."""
-        return max(lower_bounds(self.workload, max_live=self.max_live).cap, nested_bound(self.workload))
+        bounds = lower_bounds(self.workload, max_live=self.max_live)
+        return max(bounds.cap, nested_bound(self.workload), feed_bound(self.workload))
 
     @property
     def workload(self) -> Workload:
