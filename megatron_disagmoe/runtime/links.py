@@ -167,5 +167,5 @@ class Incoming:
     posted_ns: int
 
     def wait(self) -> list[Message]:
-        """Every message, copied out of the transport's buffers, which go back at once (``RecvHandle.take``)."""
+        """Every message, the caller's to keep (``RecvHandle.take``)."""
         return [self._route.wire.take(handle, self._route.spec) for handle in self.handles]

@@ -2,12 +2,13 @@
 
 Between two hosts this is RDMA where there is a network for it (GPUDirect RDMA for CUDA tensors) and TCP where
 there is none; within a host, shared memory. Nobody meets anybody: a receiver offers a registered slot, the
-sender writes into it and a notification says that the data is there.
+sender writes into it and a notification says that the data is there. Notifications have a connection that no
+payload holds up (``nixl_agent``).
 
     receiver -> sender   OFFER     slot address, capacity, generation of the metadata that describes it
     sender -> receiver   ANNOUNCE  the header record with the counts, ahead of the payload
-    sender -> receiver   WRITE     the sections, packed, into the slot; with it travels
-                         DATA      the data is in the slot
+    sender -> receiver   WRITE     the sections, packed, into the slot
+    sender -> receiver   DATA      once NIXL calls the write done: the data is in the slot
 
 A sender writes only into what was offered, so a slow receiver is never overrun (flow control). Slots start at a
 quarter of the worst case that the message spec states; an announced message that does not fit makes the receiver
@@ -24,9 +25,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,12 +41,12 @@ from megatron_disagmoe.transport.base import (
     TransferKey,
     Transport,
     TransportError,
-    TransportTimeout,
     check_message,
     check_same_spec,
 )
-from megatron_disagmoe.transport.nixl_library import import_nixl, nixl_errors
-from megatron_disagmoe.transport.nixl_memory import RegisteredMemory, Slot
+from megatron_disagmoe.transport.handles import lost, not_taken, nothing_came
+from megatron_disagmoe.transport.nixl_agent import Agent
+from megatron_disagmoe.transport.nixl_memory import Slot
 from megatron_disagmoe.transport.nixl_messages import Recv, RecvPair, Send, SendPair, SendState
 from megatron_disagmoe.transport.nixl_protocol import (
     ANNOUNCE,
@@ -58,12 +57,11 @@ from megatron_disagmoe.transport.nixl_protocol import (
     OFFER_BODY,
     PING,
     Offer,
-    agent_name,
-    agent_rank,
     envelope,
     packed_offsets,
     worst_case,
 )
+from megatron_disagmoe.transport.nixl_writes import Writes
 from megatron_disagmoe.transport.wire import Layout, Where, place, view_section
 
 #: Seconds between polls: by our thread while something is under way, and when nothing is; by a waiting rank
@@ -100,35 +98,26 @@ class NixlTransport(Transport):
         store: Store | None = None,
     ) -> None:
         super().__init__(channels, timeout_seconds=timeout_seconds)
-        self._api = import_nixl()
-        self._errors = nixl_errors()
         self.device = device
         self.rank = dist.get_rank()
-        self._store = PrefixStore(f"af-nixl-{next(_INSTANCES)}", store or _get_default_store())
         self._numbers = {channel.name: number for number, channel in enumerate(channels)}
         mine = [channel for channel in channels if self.rank in channel.ranks]
-        self._peers = sorted({rank for channel in mine for rank in channel.ranks} - {self.rank})
-        self._agent = self._api.nixl_agent(
-            agent_name(self.rank), self._api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self._agent = Agent(
+            rank=self.rank,
+            peers=sorted({rank for channel in mine for rank in channel.ranks} - {self.rank}),
+            device=device,
+            store=PrefixStore(f"af-nixl-{next(_INSTANCES)}", store or _get_default_store()),
         )
-        self._generation = 0
-        self._known_generation = dict.fromkeys(self._peers, 0)
-        self._sending = RegisteredMemory(self._agent, device=device)
-        self._receiving = RegisteredMemory(self._agent, device=device, publish=self._publish)
+        self._writes = Writes(self._agent, self._fail)
         self._send_pairs: dict[tuple[int, int], SendPair] = {}
         self._recv_pairs: dict[tuple[int, int], RecvPair] = {}
         self._early: dict[tuple[int, int], list[bytes]] = {}
-        self._queued: deque[SendState] = deque()
-        self._active: list[SendState] = []
         self._num_expected = 0
         self._lost: dict[int, TransportError] = {}
         self._error: TransportError | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
-        self._store.set(f"{self.rank}/0", self._agent.get_agent_metadata())
-        for peer in self._peers:
-            self._agent.add_remote_agent(self._store.get(f"{peer}/0"))
         self._thread = threading.Thread(target=self._run, name="af-transport-nixl", daemon=True)
         self._thread.start()
 
@@ -140,11 +129,11 @@ class NixlTransport(Transport):
         rows = check_message(channel, key, message, spec)
         where = place(channel, key, me=self.rank, peer=peer, receiving=False)
         with self._lock:
-            self._raise_if_lost(where, peer)
+            offsets, size = packed_offsets(spec, rows)
+            self._raise_if_lost(where, peer, expected=size)
             pair = self._send_pair(channel, peer, spec)
             check_same_spec(channel, peer, pair.layout.spec, spec)
-            offsets, size = packed_offsets(spec, rows)
-            slot = self._sending.take(size) if size else None
+            slot = self._agent.sending.take(size) if size else None
         state = SendState(pair, where, pair.sequence, size, slot)
         if slot is not None:
             for tensor, section, count, offset in zip(message.sections, spec.sections, rows, offsets, strict=True):
@@ -163,7 +152,7 @@ class NixlTransport(Transport):
             if slot is None:
                 state.done = True
             else:
-                self._queued.append(state)
+                self._writes.add(state)
         self._wake.set()
         return Send(state)
 
@@ -174,14 +163,11 @@ class NixlTransport(Transport):
                 self._progress()
                 if self._error is not None:
                     raise self._error
-                waiting = [*self._active, *self._queued]
+                waiting = self._writes.pending
             if not waiting:
                 return
             if time.monotonic() > deadline:
-                raise TransportTimeout(
-                    f"{waiting[0].where}: not taken within {self.timeout_seconds:g} s (--af-timeout-seconds); "
-                    f"expected the peer to receive {waiting[0].size} bytes, had no sign of it"
-                )
+                raise not_taken(waiting[0].where, self.timeout_seconds, waiting[0].size)
             time.sleep(pause)
 
     def _send_pair(self, channel: ChannelSpec, peer: int, spec: MessageSpec) -> SendPair:
@@ -203,8 +189,8 @@ class NixlTransport(Transport):
                 pair = RecvPair(layout, number, peer, capacity=max(1, worst_case(spec) // 4))
                 self._recv_pairs[number, peer] = pair
             check_same_spec(channel, peer, pair.layout.spec, spec)
-            recv = Recv(self, channel, key, pair)
-            self._raise_if_lost(recv.where, peer)
+            recv = Recv(self, place(channel, key, me=self.rank, peer=peer, receiving=True), key, pair)
+            self._raise_if_lost(recv.where, peer, expected=worst_case(spec))
             pair.expected[recv.sequence] = recv
             pair.sequence += 1
             self._num_expected += 1
@@ -216,7 +202,7 @@ class NixlTransport(Transport):
 
     def _offer(self, recv: Recv, size: int) -> None:
         pair = recv.pair
-        recv.slot = self._receiving.take(size)
+        recv.slot = self._agent.receiving.take(size)
         slot = recv.slot
         body = OFFER_BODY.pack(slot.address, slot.capacity, slot.generation, pair.layout.digest)
         self._notify(pair.peer, recv.where, envelope(OFFER, pair.number, recv.sequence) + body, expected=size)
@@ -235,10 +221,7 @@ class NixlTransport(Transport):
                 self._raise_if_lost(recv.where, recv.pair.peer, expected=worst)
                 if now - start > self.timeout_seconds:
                     expected = worst if recv.size is None else recv.size
-                    raise TransportTimeout(
-                        f"{recv.where}: nothing came within {self.timeout_seconds:g} s (--af-timeout-seconds); "
-                        f"expected {'up to ' if recv.size is None else ''}{expected} bytes, had 0"
-                    )
+                    raise nothing_came(recv.where, self.timeout_seconds, expected, at_most=recv.size is None)
                 if now > ping:
                     ping = now + _PING_SECONDS
                     self._notify(recv.pair.peer, recv.where, envelope(PING, 0, 0), expected=worst)
@@ -265,7 +248,7 @@ class NixlTransport(Transport):
 
     def _give_back(self, slot: Slot) -> None:
         """Any thread may call it, also one that holds the lock (when the last user of a slot's memory goes)."""
-        self._receiving.give(slot)
+        self._agent.receiving.give(slot)
 
     # ---- progress; the lock is held ----
 
@@ -273,7 +256,7 @@ class NixlTransport(Transport):
         while not self._closing:
             with self._lock:
                 self._progress()
-                busy = bool(self._queued or self._active or self._num_expected)
+                busy = bool(self._num_expected or self._writes.pending)
                 if not busy:
                     self._wake.clear()
             if busy:
@@ -282,12 +265,9 @@ class NixlTransport(Transport):
                 self._wake.wait(_IDLE_POLL_SECONDS)  # what UCX still holds back has to leave, too
 
     def _progress(self) -> None:
-        for name, notes in self._agent.get_new_notifs().items():
-            peer = agent_rank(name)
-            for note in notes:
-                self._take_note(peer, note)
-        self._finish_writes()
-        self._start_writes()
+        for peer, note in self._agent.hear():
+            self._take_note(peer, note)
+        self._writes.progress()
 
     def _take_note(self, peer: int, note: bytes) -> None:
         kind, number, sequence = ENVELOPE.unpack_from(note)
@@ -325,7 +305,7 @@ class NixlTransport(Transport):
             recv.size = size
             if recv.slot is not None and (size == 0 or size > recv.slot.capacity):
                 # Nothing was or will be written into the slot: the sender waits for one that is large enough.
-                self._receiving.give(recv.slot)
+                self._agent.receiving.give(recv.slot)
                 recv.slot = None
                 if size:
                     self._offer(recv, size)
@@ -341,93 +321,25 @@ class NixlTransport(Transport):
         for note in self._early.pop((number, peer), []):
             self._take_note(peer, note)
 
-    def _start_writes(self) -> None:
-        waiting: deque[SendState] = deque()
-        for state in self._queued:
-            offer = state.pair.offers.get(state.sequence)
-            ready = state.ready is None or state.ready.query()
-            if offer is None or offer.capacity < state.size or not ready:
-                waiting.append(state)
-                continue
-            del state.pair.offers[state.sequence]
-            try:
-                self._start_write(state, offer)
-            except self._errors as error:
-                self._fail(state, f"the connection was lost ({error})")
-        self._queued = waiting
-
-    def _start_write(self, state: SendState, offer: Offer) -> None:
-        pair, slot = state.pair, state.slot
-        assert slot is not None
-        while self._known_generation[pair.peer] < offer.generation:
-            self._known_generation[pair.peer] += 1
-            self._agent.add_remote_agent(self._store.get(f"{pair.peer}/{self._known_generation[pair.peer]}"))
-        kind, device = ("VRAM", slot.buffer.device.index) if self.device.type == "cuda" else ("DRAM", 0)
-        state.handle = self._agent.initialize_xfer(
-            "WRITE",
-            self._agent.get_xfer_descs([(slot.address, state.size, device)], kind),
-            self._agent.get_xfer_descs([(offer.address, state.size, device)], kind),
-            agent_name(pair.peer),
-            envelope(DATA, pair.number, state.sequence),
-        )
-        status = self._agent.transfer(state.handle)
-        if status == "ERR":
-            self._fail(state, "the write could not be started")
-        elif status == "DONE":
-            self._finish(state)
-        else:
-            self._active.append(state)
-
-    def _finish_writes(self) -> None:
-        active, self._active = self._active, []
-        for state in active:
-            try:
-                status = self._agent.check_xfer_state(state.handle)
-            except self._errors as error:
-                self._fail(state, f"the connection was lost ({error})")
-                continue
-            if status == "DONE":
-                self._finish(state)
-            elif status == "ERR":
-                self._fail(state, "the write failed")
-            else:
-                self._active.append(state)
-
-    def _finish(self, state: SendState) -> None:
-        self._agent.release_xfer_handle(state.handle)
-        assert state.slot is not None
-        self._sending.give(state.slot)
-        state.slot, state.handle, state.done = None, None, True
-
-    def _fail(self, state: SendState, why: str) -> None:
-        state.error = TransportError(f"{state.where}: {why}; expected the peer to receive {state.size} bytes")
+    def _fail(self, state: SendState, error: Exception) -> None:
+        state.error = lost(state.where, state.size, error)
         self._lost.setdefault(state.pair.peer, state.error)
         self._error = self._error or state.error
 
     def _notify(self, peer: int, where: Where, note: bytes, *, expected: int) -> None:
         try:
-            self._agent.send_notif(agent_name(peer), note)
-        except self._errors as error:
-            self._lost[peer] = TransportError(
-                f"{where}: the connection was lost; expected up to {expected} bytes, had 0 ({error})"
-            )
+            self._agent.say(peer, note)
+        except self._agent.errors as error:
+            self._lost[peer] = lost(where, expected, error)
             raise self._lost[peer] from error
 
-    def _raise_if_lost(self, where: Where, peer: int, *, expected: int = 0) -> None:
+    def _raise_if_lost(self, where: Where, peer: int, *, expected: int) -> None:
         if self._error is not None:
             raise self._error
         if peer in self._lost:
-            raise TransportError(
-                f"{where}: the connection was lost; expected up to {expected} bytes, had 0 ({self._lost[peer]})"
-            )
+            raise lost(where, expected, self._lost[peer])
 
-    # ---- metadata and end ----
-
-    def _publish(self, registration: Any) -> int:
-        self._generation += 1
-        metadata = self._agent.get_partial_agent_metadata(registration, False, ["UCX"])
-        self._store.set(f"{self.rank}/{self._generation}", metadata)
-        return self._generation
+    # ---- end ----
 
     def close(self) -> None:
         if self._closing:
@@ -437,25 +349,16 @@ class NixlTransport(Transport):
         self._thread.join()
         if not self._lost and self._error is None:
             self._part()
-        self._active.clear()
-        self._sending.close()
-        self._receiving.close()
-        for peer in self._peers:
-            self._agent.remove_remote_agent(agent_name(peer))
-        del self._agent
+        self._writes.drop()
+        self._agent.close()
 
     def _part(self) -> None:
         """Keep progress going until every peer is done as well: UCX may still hold notifications they wait for."""
-        self._store.set(f"{self.rank}/bye", "")
+        self._agent.say_bye()
         deadline = time.monotonic() + min(self.timeout_seconds, _BYE_SECONDS)
-        missing = [f"{peer}/bye" for peer in self._peers]
         for pause in _pauses():
             self._progress()
-            try:
-                missing = [key for key in missing if not self._store.check([key])]
-            except RuntimeError:  # the store's host has gone, so it had seen everybody's bye
-                return
-            if not missing or time.monotonic() > deadline:
+            if self._agent.all_said_bye() or time.monotonic() > deadline:
                 return
             time.sleep(pause)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_disagmoe.transport.base import ChannelSpec, Message, RecvHandle, SendHandle, TransferKey, TransportError
+from megatron_disagmoe.transport.base import Message, SendHandle, TransferKey, TransportError
+from megatron_disagmoe.transport.handles import PostedRecv
 from megatron_disagmoe.transport.nixl_memory import Slot
 from megatron_disagmoe.transport.nixl_protocol import Offer
-from megatron_disagmoe.transport.wire import Layout, Where, place
+from megatron_disagmoe.transport.wire import Layout, Where
 
 if TYPE_CHECKING:
     from megatron_disagmoe.transport.nixl_backend import NixlTransport
@@ -67,32 +68,25 @@ class Send(SendHandle):
             raise self._state.error
 
 
-class Recv(RecvHandle):
+class Recv(PostedRecv):
     """One posted receive."""
 
-    def __init__(self, transport: NixlTransport, channel: ChannelSpec, key: TransferKey, pair: RecvPair) -> None:
-        self.transport, self.channel, self.key, self.pair = transport, channel, key, pair
+    def __init__(self, transport: NixlTransport, where: Where, key: TransferKey, pair: RecvPair) -> None:
+        super().__init__(where)
+        self.transport, self.key, self.pair = transport, key, pair
         self.sequence = pair.sequence
         self.slot: Slot | None = None
         self.memory: np.ndarray | None = None  # the slot's, on a host: what the message's tensors keep alive
         self.record: torch.Tensor | None = None
         self.size: int | None = None
         self.has_data = False
-        self.error: TransportError | None = None
-        self.message: Message | None = None
-
-    @property
-    def where(self) -> Where:
-        return place(self.channel, self.key, me=self.transport.rank, peer=self.pair.peer, receiving=True)
 
     @property
     def is_here(self) -> bool:
         return self.error is not None or self.size == 0 or (self.size is not None and self.has_data)
 
-    def wait(self) -> Message:
-        if self.message is None:
-            self.message = self.transport._complete(self)
-        return self.message
+    def _complete(self) -> Message:
+        return self.transport._complete(self)
 
     def take(self) -> Message:
         """On a host without a copy: the slot goes back when nothing uses its memory, autograd's graph included."""

@@ -31,15 +31,15 @@ def envelope(kind: bytes, number: int, sequence: int) -> bytes:
     return ENVELOPE.pack(kind, number, sequence)
 
 
-def agent_name(rank: int) -> str:
-    """The name of a rank's agent."""
-    return f"af-{rank}"
+def agent_name(rank: int, way: str) -> str:
+    """The name of a rank's agent for one way (``nixl_agent``)."""
+    return f"af-{rank}-{way}"
 
 
 def agent_rank(name: str | bytes) -> int:
-    """Inverse of `agent_name`."""
+    """The rank in an agent's name."""
     text = name.decode() if isinstance(name, bytes) else name
-    return int(text.removeprefix("af-"))
+    return int(text.split("-")[1])
 
 
 def packed_offsets(spec: MessageSpec, rows: Sequence[int]) -> tuple[list[int], int]:

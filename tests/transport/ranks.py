@@ -9,7 +9,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -104,6 +104,19 @@ def values(outcomes: list[Outcome]) -> list[Any]:
     return [outcome.value for outcome in outcomes]
 
 
-def shared_memory() -> set[str]:
-    """What lies in shared memory now."""
-    return set(os.listdir("/dev/shm"))
+@contextlib.contextmanager
+def no_shared_memory_left() -> Iterator[None]:
+    """Fails where the block leaves something in shared memory that no living process uses."""
+    before = set(os.listdir("/dev/shm"))
+    yield
+    new = set(os.listdir("/dev/shm")) - before
+    assert not {name for name in new if name not in _all_maps()}
+
+
+def _all_maps() -> str:
+    """What all processes have mapped."""
+    maps = []
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            maps.append(path.read_text())
+    return "".join(maps)

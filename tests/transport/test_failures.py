@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
@@ -13,7 +14,7 @@ import torch
 
 from megatron_disagmoe.transport import ChannelSpec, Message, MessageSpec, Section, TransferKey, Transport
 from tests.transport.layer import BACK_ENDS, open_transport
-from tests.transport.ranks import Outcome, run_ranks, shared_memory
+from tests.transport.ranks import Outcome, no_shared_memory_left, run_ranks
 
 TIMEOUT = 4.0
 #: Two attention ranks and one FFN rank, which is the one that misbehaves.
@@ -68,7 +69,7 @@ def _rank(rank: int, name: str, fault: str) -> None:
     elif fault == "wrong micro-batch":
         _answer(transport, 3, edge="LANE")
         transport.flush()
-        time.sleep(TIMEOUT + 1)
+        time.sleep(1)
 
 
 def _answer_nothing(transport: Transport, micro_batch: int) -> None:
@@ -111,14 +112,12 @@ def check_end(outcomes: list[Outcome], *, faulty_exit: int | None) -> None:
         assert child.status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.fixture
-def no_shared_memory_left() -> object:
-    before = shared_memory()
-    yield None
-    assert shared_memory() <= before
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    with no_shared_memory_left():
+        yield
 
 
-@pytest.mark.usefixtures("no_shared_memory_left")
 @pytest.mark.parametrize("name", BACK_ENDS)
 def test_a_peer_that_is_killed(name: str) -> None:
     outcomes = run_ranks(3, _rank, name, "killed")
@@ -132,7 +131,6 @@ def test_a_peer_that_is_killed(name: str) -> None:
         assert "bytes" in outcome.error
 
 
-@pytest.mark.usefixtures("no_shared_memory_left")
 @pytest.mark.parametrize("fault", ["stopped", "silent"])
 @pytest.mark.parametrize("name", BACK_ENDS)
 def test_a_peer_that_stalls(name: str, fault: str) -> None:

@@ -24,10 +24,12 @@ from megatron_disagmoe.transport.dispatch.base import (
 from megatron_disagmoe.transport.dispatch.node import FAN_IN, FAN_OUT, NodeExchange
 from megatron_disagmoe.transport.dispatch.rows import (
     concatenate,
-    gather_rows,
-    interleave,
+    expand_rows,
+    gather_parts,
+    merge_pairs,
     route_rows,
     select_probs,
+    sum_parts,
     sum_rows,
 )
 
@@ -120,7 +122,7 @@ class PerNodeDispatcher(Dispatcher):
         row = row_of_token[entry_of_pair, pairs.token[order]].unsqueeze(-1).split(pairs_per_rank)
         pair_probs = select_probs(probs, pairs)[order].unsqueeze(-1).split(pairs_per_rank)
         token_of_row = entry.nonzero(as_tuple=True)[1]
-        tokens = gather_rows(hidden, token_of_row).split(entry.sum(dim=1).tolist())
+        tokens = gather_parts(hidden, token_of_row, entry.sum(dim=1).tolist())
         messages = [Message(counts[n], (tokens[n], pair_probs[n], row[n])) for n in range(s.num_ffn_ranks)]
         return messages, CombineState(token_of_row, hidden.shape[0])
 
@@ -133,9 +135,8 @@ class PerNodeDispatcher(Dispatcher):
         return entry.view(-1, s.num_ffn_ranks).T
 
     def combine(self, received: list[Message], state: CombineState) -> torch.Tensor:
-        rows = concatenate([message.sections[0] for message in received])
         assert state.token_of_row is not None
-        return sum_rows(rows, state.token_of_row, state.num_tokens)
+        return sum_parts([message.sections[0] for message in received], state.token_of_row, state.num_tokens)
 
     def expert_input(self, received: list[Message], exchange: NodeExchange | None = None) -> ExpertInput:
         if self.node_size > 1 and (exchange is None or exchange.size != self.node_size):
@@ -143,23 +144,16 @@ class PerNodeDispatcher(Dispatcher):
         rows = [message.sections[0].shape[0] for message in received]
         forwarded, row_of_forwarded = self._forward_rows(received, rows)
         parts = exchange.swap(FAN_OUT, forwarded, self.fan_out_spec()) if exchange is not None else forwarded
-        counts = [part.header.tolist() for part in parts]
         part_rows = [part.sections[0].shape[0] for part in parts]
-        numbers = [part.sections[2].squeeze(-1) + sum(part_rows[:s]) for s, part in enumerate(parts)]
-        row_of_input = interleave(numbers, counts).long()
-        tokens = gather_rows(concatenate([part.sections[0] for part in parts]), row_of_input)
-        probs = interleave([part.sections[1] for part in parts], counts).squeeze(-1)
+        tokens, probs, row_of_input = expand_rows(parts)
         per_expert = torch.stack([part.header for part in parts]).sum(dim=0)
         per_expert = per_expert.view(self.sizes.num_local_experts, -1).sum(dim=1)
         state = PerNodeExpertState(exchange, row_of_input, part_rows, row_of_forwarded, rows)
-        return ExpertInput(tokens, per_expert, probs, state)
+        return ExpertInput(tokens, per_expert, probs.squeeze(-1), state)
 
     def _forward_rows(self, received: list[Message], rows: list[int]) -> tuple[list[Message], torch.Tensor]:
         """One message per rank of the node, and which received row each of their rows is."""
-        counts = [message.header.tolist() for message in received]
-        numbers = [message.sections[2].squeeze(-1) + sum(rows[:m]) for m, message in enumerate(received)]
-        pair_row = interleave(numbers, counts).long()
-        pair_probs = interleave([message.sections[1] for message in received], counts)
+        pair_row, pair_probs = merge_pairs(received)
         # Pairs are by expert of the node, then by attention rank, so each rank's experts are one block.
         blocks = torch.stack([message.header for message in received], dim=1).view(self.node_size, -1)
         sizes = blocks.sum(dim=1).tolist()
@@ -170,8 +164,8 @@ class PerNodeDispatcher(Dispatcher):
             indices.append(needed.nonzero(as_tuple=True)[0])
             pair_rows.append((needed.cumsum(dim=0, dtype=torch.int32) - 1)[block].unsqueeze(-1))
         row_of_forwarded = torch.cat(indices)
-        tokens = gather_rows(concatenate([message.sections[0] for message in received]), row_of_forwarded)
-        parts = tokens.split([index.numel() for index in indices])
+        arrived = concatenate([message.sections[0] for message in received])
+        parts = gather_parts(arrived, row_of_forwarded, [index.numel() for index in indices])
         sections = zip(parts, pair_probs.split(sizes), pair_rows, strict=True)
         return [Message(blocks[q], part) for q, part in enumerate(sections)], row_of_forwarded
 
@@ -180,6 +174,6 @@ class PerNodeDispatcher(Dispatcher):
         returned = [Message(no_header(), (part,)) for part in partial]
         if state.exchange is not None:
             returned = state.exchange.swap(FAN_IN, returned, self.fan_in_spec())
-        rows = concatenate([message.sections[0] for message in returned])
-        total = sum_rows(rows, state.row_of_forwarded, sum(state.rows))
+        parts = [message.sections[0] for message in returned]
+        total = sum_parts(parts, state.row_of_forwarded, sum(state.rows))
         return [Message(no_header(), (part,)) for part in total.split(state.rows)]

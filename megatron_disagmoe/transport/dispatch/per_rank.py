@@ -15,11 +15,11 @@ from megatron_disagmoe.transport.base import Message, MessageSpec, Section
 from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, ExpertInput, no_header
 from megatron_disagmoe.transport.dispatch.node import NodeExchange
 from megatron_disagmoe.transport.dispatch.rows import (
-    concatenate,
-    gather_rows,
-    interleave,
+    expand_rows,
+    gather_parts,
     route_rows,
     select_probs,
+    sum_parts,
     sum_rows,
 )
 
@@ -70,28 +70,21 @@ class PerRankDispatcher(Dispatcher):
             tokens: tuple[torch.Tensor, ...] = (hidden.view_as(hidden),)
             state = CombineState(None, hidden.shape[0])
         else:
-            tokens = gather_rows(hidden, token_of_row).split(rows_per_rank)
+            tokens = gather_parts(hidden, token_of_row, rows_per_rank)
             state = CombineState(token_of_row, hidden.shape[0])
         pair_probs = select_probs(probs, pairs).unsqueeze(-1).split(pairs_per_rank)
         messages = [Message(counts[n], (tokens[n], pair_probs[n], row[n])) for n in range(s.num_ffn_ranks)]
         return messages, state
 
     def combine(self, received: list[Message], state: CombineState) -> torch.Tensor:
-        rows = concatenate([message.sections[0] for message in received])
-        if state.token_of_row is None:
-            return rows
-        return sum_rows(rows, state.token_of_row, state.num_tokens)
+        rows = [message.sections[0] for message in received]
+        return rows[0] if state.token_of_row is None else sum_parts(rows, state.token_of_row, state.num_tokens)
 
     def expert_input(self, received: list[Message], exchange: NodeExchange | None = None) -> ExpertInput:
-        counts = [message.header.tolist() for message in received]
         rows = [message.sections[0].shape[0] for message in received]
-        starts = [sum(rows[:m]) for m in range(len(rows))]
-        numbers = [message.sections[2].squeeze(-1) + start for message, start in zip(received, starts, strict=True)]
-        row_of_input = interleave(numbers, counts).long()
-        tokens = gather_rows(concatenate([message.sections[0] for message in received]), row_of_input)
-        probs = interleave([message.sections[1] for message in received], counts).squeeze(-1)
+        tokens, probs, row_of_input = expand_rows(received)
         per_expert = torch.stack([message.header for message in received]).sum(dim=0)
-        return ExpertInput(tokens, per_expert, probs, PerRankExpertState(row_of_input, rows))
+        return ExpertInput(tokens, per_expert, probs.squeeze(-1), PerRankExpertState(row_of_input, rows))
 
     def expert_output(self, output: torch.Tensor, state: PerRankExpertState) -> list[Message]:
         partial = sum_rows(output, state.row_of_input, sum(state.rows))
