@@ -103,7 +103,7 @@ def patch(symbol: str, replacement: Any) -> Any:
     Code that imported the object by name before keeps the old one: name the importing module's copy instead.
     Patches of one symbol stack up, and are restored last first.
     """
-    assert symbol in SEAMS or not symbol.startswith("megatron"), f"{symbol} has no record in seam_records.py"
+    assert symbol in SEAMS or not symbol.startswith("megatron"), f"{symbol} has no record in seam_records"
     original = resolve(symbol)
     owner, name = _owner_and_name(symbol)
     raw = inspect.getattr_static(owner, name) if name in vars(owner) else _MISSING

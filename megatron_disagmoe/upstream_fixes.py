@@ -1,7 +1,7 @@
 """Faults of Megatron 0.19 that this package would otherwise trip over, on any machine, mended from outside.
 
 Each is guarded: where the fault cannot occur (Transformer Engine or Apex drive the optimizer, a helper can be
-compiled) Megatron's own code runs unchanged. Reasons and removal plans are in ``seam_records.py``.
+compiled) Megatron's own code runs unchanged. Reasons and removal plans are in ``seam_records``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Replacements inside Megatron that a machine without CUDA needs; the reasons are in ``seam_records.py``."""
+"""Replacements inside Megatron that a machine without CUDA needs; the reasons are in ``seam_records``."""
 
 from __future__ import annotations
 
