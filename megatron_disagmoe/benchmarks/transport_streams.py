@@ -1,4 +1,4 @@
-"""Streams of messages in both directions between M attention and N FFN ranks: ours in each mode, and gloo's own.
+"""Streams of messages in both directions between M attention and N FFN ranks, in each dispatch mode.
 
 Both directions are independent of each other and busy at once. A stream sends what one micro-batch after the other
 would, with a few under way; it computes nothing.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,6 @@ from megatron_disagmoe.transport import (
     ChannelSpec,
     Message,
     MessageSpec,
-    RecvHandle,
-    SendHandle,
     TransferKey,
     Transport,
 )
@@ -64,6 +61,54 @@ class Stream(ABC):
         """Totals so far."""
 
 
+class Pipelined(Stream):
+    """A stream whose micro-batches are received and sent apart from each other."""
+
+    def __init__(self) -> None:
+        self._receives: deque[list[Any]] = deque()
+        self._sends: deque[list[Any]] = deque()
+
+    @abstractmethod
+    def _post(self) -> None:
+        """Post the receives of the next micro-batch into ``_receives``."""
+
+    @abstractmethod
+    def _send(self) -> None:
+        """Begin to send the next micro-batch, into ``_sends``."""
+
+    def _take(self) -> None:
+        """Wait for the oldest micro-batch to receive."""
+        for handle in self._receives.popleft():
+            handle.wait()
+
+    def start(self, count: int, *, posted: int | None = None) -> None:
+        for _ in range(count if posted is None else posted):
+            self._post()
+        for _ in range(count):
+            self._send()
+
+    def finish(self) -> None:
+        while self._receives:
+            self._take()
+        while self._sends:
+            self._wait_until_sent()
+
+    def run(self, count: int) -> None:
+        self.start(min(SENDING, count), posted=min(AHEAD, count))
+        for i in range(count):
+            self._take()
+            if i + AHEAD < count:
+                self._post()
+            self._wait_until_sent()
+            if i + SENDING < count:
+                self._send()
+        self.finish()
+
+    def _wait_until_sent(self) -> None:
+        for handle in self._sends.popleft():
+            handle.wait()
+
+
 class ModeChannels:
     """The channels of one dispatch mode; several modes share one transport."""
 
@@ -98,7 +143,7 @@ class _Recording(TransportExchange):
         return super().move(step, messages, spec, gradient=gradient)
 
 
-class DispatchStream(Stream):
+class DispatchStream(Pipelined):
     """What a dispatch mode sends for one routing of one micro-batch, repeated.
 
     Collective: the messages are made by sending one micro-batch through the mode.
@@ -114,6 +159,7 @@ class DispatchStream(Stream):
     def __init__(
         self, name: str, transport: Transport, dispatcher: Dispatcher, tokens: torch.Tensor, routing_map: torch.Tensor
     ) -> None:
+        super().__init__()
         self.transport, self.dispatch = name, dispatcher.mode
         self._transport = transport
         self._rank = dist.get_rank()
@@ -130,17 +176,15 @@ class DispatchStream(Stream):
         else:
             self._peers, self._out, self._in = range(m), channels.n2m, channels.m2n
             self._in_spec, self._out_spec = specs
-        self._handles: deque[list[RecvHandle]] = deque()
-        self._sends: deque[list[SendHandle]] = deque()
         self._posted = self._begun = 0
         self._post()
         if self._is_attention:
             probs = routing_map.float() / dispatcher.sizes.topk
             self._messages, state = dispatcher.dispatch(tokens, probs, routing_map)
             self._send()
-            dispatcher.combine([handle.wait() for handle in self._handles[0]], state)
+            dispatcher.combine([handle.wait() for handle in self._receives[0]], state)
         else:
-            arrived = [handle.wait() for handle in self._handles[0]]
+            arrived = [handle.wait() for handle in self._receives[0]]
             given = dispatcher.expert_input(arrived, exchange)
             self._messages = dispatcher.expert_output(given.tokens.clone(), given.state)
             self._send()
@@ -151,29 +195,9 @@ class DispatchStream(Stream):
         """Payload of the message to each peer."""
         return [sum(section.nbytes for section in message.sections) for message in self._messages]
 
-    def start(self, count: int, *, posted: int | None = None) -> None:
-        for _ in range(count if posted is None else posted):
-            self._post()
-        for _ in range(count):
-            self._send()
-
     def finish(self) -> None:
-        while self._handles:
-            self._wait()
+        super().finish()
         self._transport.flush()
-        self._sends.clear()
-
-    def run(self, count: int) -> None:
-        self.start(min(SENDING, count), posted=min(AHEAD, count))
-        for i in range(count):
-            self._wait()
-            if i + AHEAD < count:
-                self._post()
-            for handle in self._sends.popleft():
-                handle.wait()
-            if i + SENDING < count:
-                self._send()
-        self.finish()
 
     def sent(self) -> Sent:
         traffic = self._transport.traffic[self._out.name]
@@ -182,7 +206,7 @@ class DispatchStream(Stream):
     def _post(self) -> None:
         key = TransferKey("STREAM", False, 0, self._posted)
         self._posted += 1
-        self._handles.append([self._transport.post_recv(self._in, key, peer, self._in_spec) for peer in self._peers])
+        self._receives.append([self._transport.post_recv(self._in, key, peer, self._in_spec) for peer in self._peers])
 
     def _send(self) -> None:
         key = TransferKey("STREAM", False, 0, self._begun)
@@ -192,8 +216,8 @@ class DispatchStream(Stream):
             [self._transport.send(self._out, key, peer, message, self._out_spec) for peer, message in pairs]
         )
 
-    def _wait(self) -> None:
-        for handle in self._handles[0]:
+    def _take(self) -> None:
+        for handle in self._receives[0]:
             handle.wait()
         self._release()
         if self._exchange is not None:
@@ -202,101 +226,5 @@ class DispatchStream(Stream):
                 self._exchange.move(step, messages, spec, gradient=False)
 
     def _release(self) -> None:
-        for handle in self._handles.popleft():
+        for handle in self._receives.popleft():
             handle.release()
-
-
-class PointToPoint(Stream):
-    """gloo's ``isend`` and ``irecv`` of one tensor between every attention and every FFN rank."""
-
-    transport, dispatch = "gloo-p2p", None
-
-    def __init__(self, peers: Sequence[int], size: int) -> None:
-        self._peers = peers
-        self._message = torch.ones(size, dtype=torch.uint8)
-        self._buffers = [[torch.empty(size, dtype=torch.uint8) for _ in peers] for _ in range(AHEAD)]
-        self._group = dist.new_group(backend="gloo")
-        self._receives: deque[list[Any]] = deque()
-        self._sends: deque[list[Any]] = deque()
-        self._num_posted = 0
-        self._sent = Sent()
-
-    def start(self, count: int, *, posted: int | None = None) -> None:
-        for _ in range(count if posted is None else posted):
-            self._post()
-        for _ in range(count):
-            self._send()
-
-    def finish(self) -> None:
-        for works in [*self._receives, *self._sends]:
-            for work in works:
-                work.wait()
-        self._receives.clear()
-        self._sends.clear()
-
-    def run(self, count: int) -> None:
-        self.start(min(SENDING, count), posted=min(AHEAD, count))
-        for i in range(count):
-            for work in self._receives.popleft():
-                work.wait()
-            if i + AHEAD < count:
-                self._post()
-            for work in self._sends.popleft():
-                work.wait()
-            if i + SENDING < count:
-                self._send()
-        self.finish()
-
-    def sent(self) -> Sent:
-        return Sent(self._sent.payload)
-
-    def _post(self) -> None:
-        buffers = self._buffers[self._num_posted % AHEAD]
-        self._num_posted += 1
-        pairs = zip(buffers, self._peers, strict=True)
-        self._receives.append([dist.irecv(buffer, peer, group=self._group) for buffer, peer in pairs])
-
-    def _send(self) -> None:
-        self._sends.append([dist.isend(self._message, peer, group=self._group) for peer in self._peers])
-        self._sent.payload += self._message.nbytes * len(self._peers)
-
-
-class AllToAll(Stream):
-    """gloo's ``all_to_all_single`` over the world, with empty pieces between ranks of one side."""
-
-    transport, dispatch = "gloo-all-to-all", None
-
-    def __init__(self, peers: Sequence[int], size: int) -> None:
-        world = dist.get_world_size()
-        self._splits = [size if rank in peers else 0 for rank in range(world)]
-        total = sum(self._splits)
-        self._input = torch.ones(total, dtype=torch.uint8)
-        self._outputs = [torch.empty(total, dtype=torch.uint8) for _ in range(AHEAD)]
-        self._group = dist.new_group(backend="gloo")
-        self._works: deque[Any] = deque()
-        self._count = 0
-        self._sent = Sent()
-
-    def start(self, count: int) -> None:
-        for _ in range(count):
-            output = self._outputs[self._count % AHEAD]
-            self._count += 1
-            work = dist.all_to_all_single(
-                output, self._input, self._splits, self._splits, group=self._group, async_op=True
-            )
-            self._works.append(work)
-            self._sent.payload += self._input.nbytes
-
-    def finish(self) -> None:
-        while self._works:
-            self._works.popleft().wait()
-
-    def run(self, count: int) -> None:
-        for _ in range(count):
-            if len(self._works) == AHEAD:
-                self._works.popleft().wait()
-            self.start(1)
-        self.finish()
-
-    def sent(self) -> Sent:
-        return Sent(self._sent.payload)

@@ -17,15 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_disagmoe.benchmarks.gloo_streams import AllToAll, PointToPoint
 from megatron_disagmoe.benchmarks.hosts import INTERFACE, Counters
-from megatron_disagmoe.benchmarks.transport_streams import (
-    AHEAD,
-    AllToAll,
-    DispatchStream,
-    ModeChannels,
-    PointToPoint,
-    Stream,
-)
+from megatron_disagmoe.benchmarks.transport_streams import AHEAD, DispatchStream, ModeChannels, Stream
 from megatron_disagmoe.transport import TRANSPORTS, create_transport
 from megatron_disagmoe.transport.dispatch import DISPATCH_MODES, Dispatcher, create_dispatcher
 
