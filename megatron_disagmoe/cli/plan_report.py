@@ -26,7 +26,7 @@ def render_plan(console: Console, outcome: Outcome, plan: PlanFile, varied: Sequ
         console.print(f"- {reason}", highlight=False, markup=False, soft_wrap=True)
     console.print(_alternatives(outcome))
     if varied:
-        console.print(_sensitivity(varied, outcome.ranked[0].evaluation.step_seconds))
+        console.print(_sensitivity(varied, outcome.analytic_seconds))
     for line in plan.missing:
         console.print(f"this version cannot run it yet: {line}", style="yellow", markup=False, soft_wrap=True)
     console.print(
@@ -95,7 +95,7 @@ def rows_of_alternatives(outcome: Outcome) -> list[dict[str, Any]]:
             {
                 "step_time_s": each.step_seconds,
                 "over_best": each.step_seconds / best - 1,
-                "analytic_s": each.evaluation.step_seconds,
+                "analytic_s": each.analytic_seconds,
                 "attention_groups": a.attention_groups,
                 "attention_ranks": a.attention_ranks,
                 "ffn_groups": a.ffn_groups,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from megatron_disagmoe.planner.activations import Recompute
 
@@ -64,6 +64,19 @@ class Job:
         return self.global_batch_size * self.sequence_length
 
 
+class GroupSizes(TypedDict):
+    """Numbers of groups and ranks and their cuts: what only a checkpoint can change in a run."""
+
+    attention_groups: int
+    ffn_groups: int
+    attention_ranks: int
+    ffn_ranks: int
+    replicas: int
+    tensor_parallel: int
+    context_parallel: int
+    expert_tensor_parallel: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
     """One way to train: sizes, node layout and the levers of memory and time.
@@ -94,6 +107,20 @@ class Allocation:
     recompute_ffn: Recompute = Recompute.NONE
     redispatch: bool = False
     dispatch: DispatchMode = "per-rank"
+
+    @property
+    def sizes(self) -> GroupSizes:
+        """Without nodes, schedule and levers."""
+        return GroupSizes(
+            attention_groups=self.attention_groups,
+            ffn_groups=self.ffn_groups,
+            attention_ranks=self.attention_ranks,
+            ffn_ranks=self.ffn_ranks,
+            replicas=self.replicas,
+            tensor_parallel=self.tensor_parallel,
+            context_parallel=self.context_parallel,
+            expert_tensor_parallel=self.expert_tensor_parallel,
+        )
 
     @property
     def attention_gpus(self) -> int:

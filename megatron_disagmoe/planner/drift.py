@@ -145,18 +145,7 @@ def _candidates(requests: Sequence[Request]) -> Iterator[Allocation]:
 
 def _sizes_only(a: Allocation) -> Allocation:
     """What only a checkpoint can change."""
-    return Allocation(
-        attention_groups=a.attention_groups,
-        ffn_groups=a.ffn_groups,
-        attention_ranks=a.attention_ranks,
-        ffn_ranks=a.ffn_ranks,
-        replicas=a.replicas,
-        tensor_parallel=a.tensor_parallel,
-        context_parallel=a.context_parallel,
-        expert_tensor_parallel=a.expert_tensor_parallel,
-        attention_pool=a.attention_pool,
-        ffn_pool=a.ffn_pool,
-    )
+    return Allocation(**a.sizes, attention_pool=a.attention_pool, ffn_pool=a.ffn_pool)
 
 
 def _over_mix(allocation: Allocation, requests: Sequence[Request], mix: Sequence[Share]) -> Mixed:

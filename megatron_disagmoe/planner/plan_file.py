@@ -233,19 +233,12 @@ class PlanFile(Strict):
         Raises:
             ValueError: the cluster has no such pool.
         """
-        s, m, lever = self.sizes, self.machines, self.levers
+        m, lever = self.machines, self.levers
         for field, name in (("attention_pool", m.attention_pool), ("ffn_pool", m.ffn_pool)):
             if name not in pools:
                 raise ValueError(f"machines.{field} {name!r}: the cluster has {', '.join(pools)}")
         return Allocation(
-            attention_groups=s.attention_groups,
-            ffn_groups=s.ffn_groups,
-            attention_ranks=s.attention_ranks,
-            ffn_ranks=s.ffn_ranks,
-            replicas=s.replicas,
-            tensor_parallel=s.tensor_parallel,
-            context_parallel=s.context_parallel,
-            expert_tensor_parallel=s.expert_tensor_parallel,
+            **self.sizes.model_dump(exclude={"gpus"}),
             attention_pool=pools.index(m.attention_pool),
             ffn_pool=pools.index(m.ffn_pool),
             nodes=NodeLayout(m.layout),

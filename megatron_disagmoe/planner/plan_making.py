@@ -57,17 +57,7 @@ def plan_of(ranked: Ranked, *, reasons: Sequence[str] = ()) -> PlanFile:
             micro_batches=evaluation.num_micro_batches,
             imbalance=job.imbalance,
         ),
-        sizes=Sizes(
-            attention_groups=a.attention_groups,
-            ffn_groups=a.ffn_groups,
-            attention_ranks=a.attention_ranks,
-            ffn_ranks=a.ffn_ranks,
-            replicas=a.replicas,
-            tensor_parallel=a.tensor_parallel,
-            context_parallel=a.context_parallel,
-            expert_tensor_parallel=a.expert_tensor_parallel,
-            gpus=a.num_gpus,
-        ),
+        sizes=Sizes(**a.sizes, gpus=a.num_gpus),
         machines=_machines(evaluation, num_nodes=len(layout)),
         levers=Levers(
             dispatch=a.dispatch,

@@ -102,6 +102,11 @@ class Outcome:
     rerank_seconds: float
 
     @property
+    def analytic_seconds(self) -> float:
+        """The best analytic step time of the level that was chosen."""
+        return min(level.seconds for level in self.levels if level.state == self.state)
+
+    @property
     def num_scored(self) -> int:
         """Candidates whose time was computed."""
         return sum(found.scored for level in self.levels for found in level.found)

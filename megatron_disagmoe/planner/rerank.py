@@ -52,6 +52,12 @@ class Ranked:
         return self.pipeline_seconds + self.evaluation.synchronise_seconds
 
     @property
+    def analytic_seconds(self) -> float:
+        """What the search's closed form says of a step with the G that the builder chose, without waiting where it has none."""
+        e = self.evaluation
+        return evaluate(e.problem, replace(e.allocation, group_size=self.built_with or e.num_micro_batches)).step_seconds
+
+    @property
     def built_with(self) -> int | None:
         """The G that the builder chose; None for kinds without."""
         size = self.schedule.parameters.get("group_size")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -61,17 +61,8 @@ class Space:
 
 def fixed_sizes(space: Space, a: Allocation) -> Space:
     """``space`` with the sizes of one allocation."""
-    return replace(
-        space,
-        attention_groups=(a.attention_groups,),
-        ffn_groups=(a.ffn_groups,),
-        attention_ranks=(a.attention_ranks,),
-        ffn_ranks=(a.ffn_ranks,),
-        replicas=(a.replicas,),
-        tensor_parallel=(a.tensor_parallel,),
-        context_parallel=(a.context_parallel,),
-        expert_tensor_parallel=(a.expert_tensor_parallel,),
-    )
+    only: dict[str, Any] = {name: (value,) for name, value in a.sizes.items()}
+    return replace(space, **only)
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,7 @@ def test_the_command_writes_a_plan_that_it_verifies(tmp_path: Path) -> None:
     assert sizes | {"attention_nics", "ffn_nics", "step_time_s", "memory_gb", "solve_time_s"} <= set(result)
     assert set(result["memory_gb"]) == {"attention", "ffn"}
     assert math.isfinite(result["step_time_s"])
+    assert result["alternatives"][0]["analytic_s"] == pytest.approx(result["step_time_s"], rel=0.02)
     code, stdout, _ = _plan_command("verify", str(out), "--model", "quickstart", "--cluster", "laptop", "--json")
     assert (code, json.loads(stdout)) == (0, {"ok": True, "errors": [], "runs_here": True, "missing": []})
     content = yaml.safe_load(out.read_text())
