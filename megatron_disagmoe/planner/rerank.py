@@ -53,9 +53,10 @@ class Ranked:
 
     @property
     def analytic_seconds(self) -> float:
-        """What the search's closed form says of a step with the G that the builder chose, without waiting where it has none."""
+        """What the search says of a step with the builder's G; of builders without, where no G has to be waited for."""
         e = self.evaluation
-        return evaluate(e.problem, replace(e.allocation, group_size=self.built_with or e.num_micro_batches)).step_seconds
+        size = self.built_with or e.num_micro_batches
+        return evaluate(e.problem, replace(e.allocation, group_size=size)).step_seconds
 
     @property
     def built_with(self) -> int | None:
