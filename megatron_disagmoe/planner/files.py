@@ -42,7 +42,13 @@ def explain(error: ValidationError, *, source: str) -> str:
 
 
 def _lines(error: ValidationError, source: str) -> Iterator[str]:
-    for fault in error.errors(include_url=False):
+    faults = error.errors(include_url=False)
+    places = {fault["loc"] for fault in faults}
+    # A list whose only item is wrong is also called too short.
+    outer = {place[:length] for place in places for length in range(len(place))}
+    for fault in faults:
+        if fault["loc"] in outer:
+            continue
         field = ".".join(str(part) for part in fault["loc"]) or "the file"
         message = fault["msg"].removeprefix("Value error, ")
         got = fault.get("input")
