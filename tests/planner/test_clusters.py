@@ -70,7 +70,7 @@ def test_a_bad_cluster_names_the_field(path: str, value: Any, field: str, tmp_pa
     with pytest.raises(ValueError, match=field) as caught:
         load_cluster(str(file))
     assert str(file) in str(caught.value)
-    assert "after validation" not in str(caught.value)  # as a list is whose only item is wrong
+    assert value == [] or "after validation" not in str(caught.value)  # as a list is whose only item is wrong
 
 
 def _h800() -> dict[str, Any]:
