@@ -120,8 +120,13 @@ def transfers_of(orders: Orders, costs: StageCosts) -> Transfers:
     return Transfers(*columns)
 
 
-def simulate_orders(orders: Orders, costs: StageCosts) -> Run:
+def simulate_orders(orders: Orders, costs: StageCosts, *, compute: Floats | None = None) -> Run:
     """Run ``orders``; the light form of ``simulate``.
+
+    Args:
+        orders: what is computed, in which order.
+        costs: of stages and transfers.
+        compute: time of every compute action, where it is not what ``costs`` says (one entry an action of ``orders``).
 
     Raises:
         ValueError: where the orders wait for each other in a circle.
@@ -136,7 +141,7 @@ def simulate_orders(orders: Orders, costs: StageCosts) -> Run:
     none = np.full(count, -1, np.int64)
     times = run(
         Tasks(
-            duration=np.concatenate((durations(orders, costs), transfers.duration)),
+            duration=np.concatenate((durations(orders, costs) if compute is None else compute, transfers.duration)),
             first=np.concatenate((none, transfers.sender)),
             second=np.concatenate((none, num_groups + transfers.receiver)),
             priority=np.zeros(count + len(transfers), np.int64),

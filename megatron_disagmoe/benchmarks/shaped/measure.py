@@ -150,7 +150,8 @@ def _rows(
                 row["speedup"] = vanilla.median_ms / mine.median_ms
                 row["speedup_over_one_copy"] = rival.median_ms / mine.median_ms
                 row["paired_speedup"] = median(a / b for a, b in zip(vanilla.seconds, mine.seconds, strict=True))
-                simulated = predictors[variant].step_ms(link, mine.numbers, mine.steps)
+                free = taken[None, variant].numbers if (None, variant) in taken else ()
+                simulated = predictors[variant].step_ms(link, mine.numbers, mine.steps, unlimited=free)
                 row["simulated_ms"] = simulated
                 row["simulated_over_measured"] = simulated / mine.median_ms
             rows.append(row)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_disagmoe.benchmarks.shaped.cases import Model, Variant
 from megatron_disagmoe.benchmarks.shaped.fleet import StepTaken
 from megatron_disagmoe.schedule_choice import ScheduleChoice, step_schedule
 from megatron_disagmoe.schedules.actions import Placement, Side
-from megatron_disagmoe.schedules.orders import Orders
+from megatron_disagmoe.schedules.orders import KINDS, Orders
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.simulate import simulate_orders
-from megatron_disagmoe.tracing.chrome import SEND
+from megatron_disagmoe.tracing.chrome import COMPUTE, SEND
 from megatron_disagmoe.tracing.merge import RankTrace, load_traces, match_transfers
 from megatron_disagmoe.tracing.predicted import fit_costs
 from megatron_disagmoe.tracing.report import NANO, Step, events_in, find_steps
@@ -23,7 +27,8 @@ from megatron_disagmoe.tracing.report import NANO, Step, events_in, find_steps
 class Predictor:
     """Simulates the steps of one AF-pipe run from its traces.
 
-    Stage times are the run's own; a transfer takes what its bytes take on the link (headers and TCP's share of the
+    Stage times are those of the very step: of every kind of action of every stage, the mean over micro-batches of what
+    its slowest rank took. A transfer takes what its bytes take on the link (headers and TCP's share of the
     interface's count included), but no less than it took on the unlimited one; what a step does outside its stages
     (optimizer, gradient norm) is added as measured.
     """
@@ -39,25 +44,48 @@ class Predictor:
         self._orders = Orders.of(schedule.schedule)
         self._ranks_a_side = hosts // 2
 
-    def step_ms(self, link: float | None, numbers: Sequence[int], taken: Sequence[StepTaken]) -> float:
-        """Simulated time of a step at ``link`` Gbit/s; ``numbers`` says which steps of the run were taken there."""
+    def step_ms(
+        self, link: float | None, numbers: Sequence[int], taken: Sequence[StepTaken], *, unlimited: Sequence[int] = ()
+    ) -> float:
+        """Simulated time of a step at ``link`` Gbit/s.
+
+        ``numbers`` says which steps of the run were taken there, ``unlimited`` which without a limit. It is the median
+        of those steps, each simulated with its own stage times.
+        """
         steps = [self._steps[number] for number in numbers]
-        costs = fit_costs(self._ranks, self._in_steps(steps), steps)
+        costs = self._costs(numbers)
         if link is not None:
             seconds = {
                 edge: self._bytes(edge, steps) * self._overhead(steps, taken) * 8e-9 / link for edge in ("M2N", "N2M")
             }
+            if unlimited:
+                least = self._costs(unlimited)
+                seconds = {"M2N": max(seconds["M2N"], least.transfer), "N2M": max(seconds["N2M"], least.edge(1))}
             costs = dataclasses.replace(costs, transfer=seconds["M2N"], combine=seconds["N2M"])
-        outside = median(
-            step.seconds - max((end - start) / NANO for start, end in window.windows.values())
-            for step, window in zip(taken, steps, strict=True)
-        )
-        return 1e3 * (simulate_orders(self._orders, costs).makespan + max(0.0, outside))
+        simulated = []
+        for step, window in zip(taken, steps, strict=True):
+            outside = step.seconds - max((end - start) / NANO for start, end in window.windows.values())
+            run = simulate_orders(self._orders, costs, compute=self._compute(window))
+            simulated.append(run.makespan + max(0.0, outside))
+        return 1e3 * median(simulated)
 
-    def costs(self, numbers: Sequence[int]) -> StageCosts:
-        """Stage times of those steps, in seconds."""
+    def _costs(self, numbers: Sequence[int]) -> StageCosts:
         steps = [self._steps[number] for number in numbers]
         return fit_costs(self._ranks, self._in_steps(steps), steps)
+
+    def _compute(self, step: Step) -> NDArray[np.float64]:
+        """Seconds of every compute action of the schedule, by the stage times of ``step``."""
+        slowest: dict[tuple[str, int, int], float] = defaultdict(float)
+        for trace in self._ranks:
+            for event in events_in(trace, step.windows[trace.rank]):
+                if event.category == COMPUTE:
+                    key = event.name, 2 * event.layer + (trace.group.side is Side.F), event.micro_batch
+                    slowest[key] = max(slowest[key], (event.end - event.start) / NANO)
+        stages: dict[tuple[str, int], list[float]] = defaultdict(list)
+        for (name, stage, _), seconds in slowest.items():
+            stages[name, stage].append(seconds)
+        orders = self._orders
+        return np.array([mean(stages[KINDS[k].value, s]) for k, s in zip(orders.kind, orders.stage, strict=True)])
 
     def _in_steps(self, steps: Sequence[Step]) -> list:
         windows = {rank: [step.windows[rank] for step in steps] for rank in steps[0].windows}
