@@ -9,9 +9,12 @@ from typing import Any, Protocol
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 #: Okabe and Ito's colours, and marks that tell curves apart in grey.
 _CURVES = (("#000000", "o"), ("#e69f00", "s"), ("#009e73", "^"), ("#0072b2", "D"), ("#d55e00", "v"))
+#: Where an axis has ticks, in every decade.
+_TICKS = (1, 1.5, 2, 3, 4, 6, 8)
 _SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "disagmoe"}
 
 
@@ -68,7 +71,9 @@ def _panel(axes: Axes, points: Sequence[Measured], side: str) -> None:
             axes.plot(caps, [point.bound for point in mine], color=colour, linestyle=":", label=f"{lever}: lower bound")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis in (axes.xaxis, axes.yaxis):  # both may span less than a factor of two
+        axis.set_major_locator(LogLocator(base=10, subs=_TICKS, numticks=12))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:g}")
     axes.set_xlabel("activations alive at once, at most")
     axes.grid(visible=True, alpha=0.3)
