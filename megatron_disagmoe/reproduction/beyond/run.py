@@ -49,9 +49,10 @@ class Outcome:
 
     @property
     def of_bound(self) -> float:
-        """The best allocation's lower bound over AF-pipe's step time; 0 where nothing fits."""
+        """The best allocation's lower bound over AF-pipe's time for as many tokens; 0 where nothing fits."""
         ours = self.results["af-pipe"]
-        return self.least_bound / ours.step_seconds if ours else 0.0
+        batch = self.point.task().tokens
+        return self.least_bound / (batch / ours.tokens_per_second) if ours else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """For the file of numbers."""
@@ -88,9 +89,11 @@ def _af_pipe(point: Point, task: Task) -> tuple[Result | None, float]:
     best: tuple[Result, Evaluated] | None = None
     bounds = []
     for _, candidate in ranked:
-        bounds.append(bound_seconds(candidate))
-        result = run_shape(candidate, below=best[0].step_seconds if best else math.inf)
-        if result is not None and (best is None or result.step_seconds < best[0].step_seconds):
+        share = task.batch / candidate.batch
+        bounds.append(bound_seconds(candidate) * share)
+        below = candidate.batch * task.sequence / best[0].tokens_per_second if best else math.inf
+        result = run_shape(candidate, below=below)
+        if result is not None and (best is None or result.tokens_per_second > best[0].tokens_per_second):
             best = result, candidate
     if best is None:
         return None, 0.0

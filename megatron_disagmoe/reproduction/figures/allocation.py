@@ -8,7 +8,7 @@ from matplotlib.figure import Figure as Picture
 
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.reproduction.constants import SETTINGS
-from megatron_disagmoe.reproduction.figures.base import COLOURS, Figure, Outcome, summary
+from megatron_disagmoe.reproduction.figures.base import COLOURS, Figure, Outcome, gain, summary
 from megatron_disagmoe.reproduction.lab import Cell, Lab
 from megatron_disagmoe.reproduction.published import (
     FIG12_16K,
@@ -124,8 +124,7 @@ def fig13(lab: Lab) -> Outcome:
     for k in FIG13_TOP_K:
         base, ours = lab[_fig13_cell("megatron-1f1b", k)], lab[_fig13_cell("af-pipe", k)]
         data[f"top-{k}"] = {"megatron-1f1b": summary(base), "af-pipe": summary(ours)}
-        both = base is not None and ours is not None
-        gains[k] = base.step_seconds / ours.step_seconds if both and base and ours else 0.0
+        gains[k] = gain(base, ours)
     shown = ", ".join(f"top-{k} {value:.2f}x" for k, value in gains.items())
     widest = max(gains, key=lambda k: gains[k])
     rows = (

@@ -68,7 +68,7 @@ def _order(results: dict[Cell, Result | None], model: str) -> Row:
     wrong = []
     for length in SEQUENCES:
         seconds = {s: results[cell(s, model, length)] for s in PAPER_SYSTEMS}
-        times = {s: r.step_seconds if r else float("inf") for s, r in seconds.items()}
+        times = {s: r.seconds_per_token_and_gpu if r else float("inf") for s, r in seconds.items()}
         middle = (times["tutel"], times["comet"])
         right = times["megatron-1f1b"] > max(middle) and min(middle) > times["dualpipe"] > times["af-pipe"]
         if not right:
@@ -106,7 +106,12 @@ def fig11_cells() -> list[Cell]:
 def fig11(lab: Lab) -> Outcome:
     """How much less communication AF-pipe exposes."""
     results = {each.system: lab[each] for each in fig11_cells()}
-    exposed = {system: result.exposed_seconds for system, result in results.items() if result is not None}
+    tokens = next(result.tokens for result in results.values() if result is not None)
+    exposed = {  # for as many tokens
+        system: result.exposed_seconds * tokens / result.tokens
+        for system, result in results.items()
+        if result is not None
+    }
     ours = exposed["af-pipe"]
     rows = []
     for name, paper in FIG11.items():

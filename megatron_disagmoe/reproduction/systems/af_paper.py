@@ -98,9 +98,15 @@ class Evaluated:
 
     @property
     def micro_batches(self) -> int:
-        """n."""
+        """n: what comes nearest to the task's batch."""
         c, s = self.task.constants, self.shape
-        return self.task.batch // (c.micro_batch_size * s.attention_ranks * s.replicas)
+        return max(1, round(self.task.batch / (c.micro_batch_size * s.attention_ranks * s.replicas)))
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a step: whole micro-batches of all ranks."""
+        s = self.shape
+        return self.micro_batches * s.attention_ranks * s.replicas * self.task.constants.micro_batch_size
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -351,29 +357,35 @@ def _parts(moe: MixtureOfExperts, parts: int) -> float:
     return float(parts * (1 - (1 - 1 / parts) ** moe.top_k))
 
 
-#: A:F ratios that are tried beside 1:1, N / M.
-RATIOS = (2.0, 1.5, 1.25, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+#: A:F ratios that are tried, N / M; attention ranks; the least share of the cluster's GPUs, and how near the batch is.
+RATIOS = (2.0, 1.5, 1.25, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 1 / 3, 0.25)
+_RANKS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96)
+_MOST_GROUPS, _USED, _NEAR = 16, 0.93, 0.13
 _CUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1))
 
 
 def shapes(task: Task) -> Iterator[Shape]:
-    """Every size worth a look, without levers of memory."""
+    """Every size worth a look, without levers of memory: any ratio that uses most of the GPUs and nearly the batch.
+
+    Throughputs are compared, so a batch need not be met exactly: 80 attention ranks have no common batch with 64.
+    """
     world = task.cluster.num_gpus
     model, c = task.model, task.constants
     for tp, cp in _CUTS:
         if tp > model.attention.tensor_parallel_limit or task.sequence % (2 * tp * cp):
             continue
-        for groups in (p for p in (1, 2, 3, 4, 6, 8, 12, 16) if p <= model.num_moe_layers):
-            for ranks in (m for m in (1, 2, 4, 8, 16, 32, 64, 128) if m * tp * cp < world):
+        for groups in range(1, min(_MOST_GROUPS, model.num_moe_layers) + 1):
+            for ranks in (m for m in _RANKS if m * tp * cp * groups < world):
                 gpus = ranks * tp * cp
                 for ffn in sorted({round(gpus * ratio) for ratio in RATIOS}):
                     block = gpus + ffn
                     if not 1 <= ffn <= model.moe.num_experts or block * groups > world:
                         continue
                     replicas = world // (block * groups)
-                    while task.batch % (ranks * replicas * c.micro_batch_size):
-                        replicas -= 1
-                    yield Shape(groups, ranks, ffn, replicas, tp, cp)
+                    n = max(1, round(task.batch / (ranks * replicas * c.micro_batch_size)))
+                    near = abs(n * ranks * replicas * c.micro_batch_size / task.batch - 1) <= _NEAR
+                    if near and replicas * groups * block >= _USED * world:
+                        yield Shape(groups, ranks, ffn, replicas, tp, cp)
 
 
 def levers(shape: Shape) -> Iterator[Shape]:

@@ -29,7 +29,7 @@ def slowed(task: Task) -> Task:
 
 
 def promising(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evaluated]]:
-    """Shapes with levers that may fit, by estimated GPU seconds of the cluster; the best lever of each shape alone."""
+    """Shapes with levers that may fit, by estimated seconds of the task's batch; the best lever of each shape alone."""
     best: dict[Shape, tuple[float, Evaluated]] = {}
     task, shared = slowed(task), Shared()
     for shape in possible:
@@ -38,6 +38,7 @@ def promising(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evalua
             if found.most_live < found.layers_of_group:
                 continue
             seconds = found.estimate * (_REPEATED if candidate.ffn_lever[1] else 1.0) + found.synchronise_seconds
+            seconds *= task.batch / found.batch
             if shape not in best or seconds < best[shape][0]:
                 best[shape] = (seconds, found)
     return sorted(best.values(), key=lambda each: each[0])
@@ -63,8 +64,9 @@ def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int
     """
     best: Result | None = None
     for _, candidate in chosen(task, shapes(task) if possible is None else possible)[:keep]:
-        result = run(candidate, below=math.inf if best is None else best.step_seconds)
-        if result is not None and (best is None or result.step_seconds < best.step_seconds):
+        below = math.inf if best is None else candidate.batch * task.sequence / best.tokens_per_second
+        result = run(candidate, below=below)
+        if result is not None and (best is None or result.tokens_per_second > best.tokens_per_second):
             best = result
     return best
 
@@ -113,7 +115,7 @@ def run(candidate: Evaluated, *, below: float = math.inf) -> Result | None:
         exposed_seconds=seconds - free,
         bubble_seconds=max(0.0, free - busiest),
         peak_bytes=max(a_fixed + a_live * a_kept, f_fixed + f_live * f_kept) + reserved,
-        tokens=task.tokens,
+        tokens=candidate.batch * task.sequence,
         num_gpus=task.cluster.num_gpus,
         choice={
             "attention": f"{shape.groups} x {shape.attention_ranks}",
