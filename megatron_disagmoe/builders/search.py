@@ -18,12 +18,11 @@ from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.builders.weights import filled, split_at_once
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.orders import B, F, Orders, W, group_of_stage
-from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
+from megatron_disagmoe.simulator.bounds import Workload
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.engine import Floats
-from megatron_disagmoe.simulator.feed_bound import feed_bound
-from megatron_disagmoe.simulator.nested_bound import nested_bound
 from megatron_disagmoe.simulator.simulate import Run, simulate_orders
+from megatron_disagmoe.simulator.step_bound import step_bound
 
 #: Actions that a search may simulate: about a second.
 EFFORT = 1_500_000
@@ -51,8 +50,7 @@ class Task:
     @property
     def bound(self) -> float:
         """No order is faster."""
-        bounds = lower_bounds(self.workload, max_live=self.max_live)
-        return max(bounds.cap, nested_bound(self.workload), feed_bound(self.workload))
+        return step_bound(self.workload, max_live=self.max_live)
 
     @property
     def workload(self) -> Workload:

@@ -13,6 +13,7 @@ from rich.table import Table
 from megatron_disagmoe import builders
 from megatron_disagmoe.builders.frontier import Point, default_caps
 from megatron_disagmoe.builders.frontier import frontier as frontier_of
+from megatron_disagmoe.builders.placement import balanced_placement
 from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.cli import costs as cost_flags
 from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit, err_console
@@ -24,6 +25,7 @@ from megatron_disagmoe.schedules.verifier import verify as verify_schedule
 from megatron_disagmoe.simulator.bounds import Bounds, Workload, lower_bounds
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.simulate import simulate, simulate_orders
+from megatron_disagmoe.simulator.step_bound import step_bound
 from megatron_disagmoe.simulator.timeline import Timeline
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -67,6 +69,9 @@ def build(
     redispatch: Annotated[
         bool, typer.Option("--redispatch", help="FFN groups drop what they get, and get it again.", show_default=False)
     ] = False,
+    place_layers: Annotated[
+        str, typer.Option(help="round-robin, or balanced: fewer layers on the groups of a long tail and embedding.")
+    ] = "round-robin",
     frontier: Annotated[
         bool,
         typer.Option("--frontier", help="Print and draw step time against live activations.", show_default=False),
@@ -98,7 +103,7 @@ def build(
             }
         )
         kind = _kind(kind, split_backward=split_backward)
-        placement = _placement(layers, attention_groups, ffn_groups or attention_groups)
+        placement = _placement(layers, attention_groups, ffn_groups or attention_groups, place_layers, costs)
         _check_cap(placement, max_live, forward_only=forward_only)
         outs = _outs(out, frontier=frontier)
         points = _frontier(placement, kind, micro_batches, costs, frontier_caps, outs.picture) if frontier else None
@@ -228,8 +233,12 @@ def _show_verdict(report: Report, console: Console) -> None:
     console.print(f"{verdict}; {summary}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _placement(layers: int, attention_groups: int, ffn_groups: int) -> Placement:
+def _placement(layers: int, attention_groups: int, ffn_groups: int, way: str, costs: StageCosts) -> Placement:
+    if way not in ("round-robin", "balanced"):
+        raise ValueError(f"--place-layers {way}: choose round-robin or balanced")
     try:
+        if way == "balanced":
+            return balanced_placement(layers, attention_groups, ffn_groups, costs)
         return Placement.round_robin(
             num_layers=layers, num_attention_groups=attention_groups, num_ffn_groups=ffn_groups
         )
@@ -302,11 +311,13 @@ def _figures(report: Report, costs: StageCosts, max_live: int | None) -> dict[st
     """What the schedule takes and holds, beside the least it could take."""
     orders = Orders.of(report.schedule)
     makespan = simulate_orders(orders, costs).makespan
-    bounds = lower_bounds(Workload.of(orders, costs), max_live=max_live)
+    workload = Workload.of(orders, costs)
+    bounds = lower_bounds(workload, max_live=max_live)
     return {
         "makespan": makespan,
         **_bounds(bounds),
         "cap_bound": bounds.cap,
+        "step_bound": step_bound(workload, max_live=max_live),
         "makespan_over_fill_bound": makespan / bounds.fill,
         "peak_live": {str(group): peak for group, peak in report.peak_live.items()},
         "actions": report.num_actions,
@@ -324,7 +335,7 @@ def _show_built(console: Console, report: Report | None, result: dict[str, Any])
         return
     makespan = result["makespan"]
     lines = [f"makespan     {makespan:.6g}"]
-    for name in ("busy", "fill", "phase", "cap"):
+    for name in ("busy", "fill", "phase", "cap", "step"):
         bound = result[f"{name}_bound"]
         if name != "cap" or result["max_live"] is not None:
             lines.append(f"{name + ' bound':<12} {bound:.6g}  (makespan is {makespan / bound:.4f} of it)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from megatron_disagmoe.simulator.nested_bound import nested_bound
 from megatron_disagmoe.simulator.simulate import simulate
 from tests.schedules.strategies import placements
 from tests.simulator.strategies import stage_costs
+
+pytestmark = pytest.mark.usefixtures("little_effort")
 
 
 @settings(deadline=None, max_examples=60)

@@ -18,6 +18,8 @@ from megatron_disagmoe.simulator.simulate import simulate
 from tests.schedules.strategies import placements
 from tests.simulator.strategies import stage_costs
 
+pytestmark = pytest.mark.usefixtures("little_effort")
+
 
 @settings(deadline=None, max_examples=40)
 @given(placements(max_groups=3, max_layers=5), stage_costs(), st.integers(1, 6), st.sampled_from(builders.KINDS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,8 @@ from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.verifier import verify
 from megatron_disagmoe.simulator.costs import StageCosts
 from tests.schedules.strategies import placements
+
+pytestmark = pytest.mark.usefixtures("little_effort")
 
 round_robin = st.integers(1, 10).flatmap(
     lambda layers: st.builds(

@@ -107,6 +107,19 @@ def test_redispatch(tmp_path: Path) -> None:
     assert Kind.D in kinds
 
 
+def test_fewer_layers_where_a_long_tail_is(tmp_path: Path) -> None:
+    steps = []
+    for way in ("round-robin", "balanced"):
+        out = tmp_path / f"{way}.txt"
+        done = build(out, "--t-tail", "2", "--place-layers", way, "--json")
+        assert done.exit_code == 0
+        answer = json.loads(done.stdout)
+        assert answer["step_bound"] <= answer["makespan"]
+        steps.append(answer["makespan"])
+    assert steps[1] < steps[0]
+    assert load(tmp_path / "balanced.txt").placement.attention == (0, 1, 1, 1, 0)
+
+
 def test_for_people(tmp_path: Path) -> None:
     done = build(tmp_path / "plan.txt")
     assert done.exit_code == 0
@@ -132,6 +145,7 @@ def test_for_people(tmp_path: Path) -> None:
         (["--kind", "best"], "--kind best: choose among interleaved-1f1b"),
         (["--kind", "sequential", "--split-backward"], "leave out --split-backward"),
         (["--group-size", "0"], "'--group-size'"),
+        (["--place-layers", "well"], "--place-layers well: choose round-robin or balanced"),
         (["--frontier", "--frontier-caps", "3,x"], "--frontier-caps '3,x' is not a list of whole numbers"),
         (["--frontier", "--frontier-caps", "1,4"], "--frontier-caps: 1 is too low for any order; the least is 3"),
     ],
