@@ -113,17 +113,17 @@ def executor(rows: Rows) -> Table:
 
 def tracing(rows: Rows) -> Table:
     """Steps with traces beside steps without."""
-    table = Table(title="A step with traces against one without: medians, and 95% of where they may lie")
+    table = Table(title="A step with traces against its neighbour without: medians")
     table.add_column("group")
-    for name in ("ms without", "ms with", "longer by", "processor time: ms without", "ms with", "more by"):
+    for name in ("ms without", "ms with", "longer by", "95% from", "to", "processor time"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = []
-        for name in ("wall", "processor"):
-            low, high = (100 * row[f"{name}_overhead_{end}"] for end in ("low", "high"))
-            cells += [f"{row[f'{name}_ms_{kind}']:.1f}" for kind in ("plain", "traced")]
-            cells.append(f"{100 * row[f'{name}_overhead']:.1f}% ({low:.1f} to {high:.1f})")
-        table.add_row(row["group"], *cells)
+        shares = [row[f"wall_overhead{end}"] for end in ("", "_low", "_high")] + [row["processor_overhead"]]
+        table.add_row(
+            row["group"],
+            *(f"{row[f'wall_ms_{kind}']:.1f}" for kind in ("plain", "traced")),
+            *(f"{100 * share:+.1f}%" for share in shares),
+        )
     return table
 
 

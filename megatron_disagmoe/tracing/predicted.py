@@ -76,39 +76,40 @@ def describes(schedule: Schedule, ranks: Sequence[RankTrace], step: Step) -> boo
 def fit_costs(ranks: Sequence[RankTrace], transfers: Sequence[Transfer], steps: Sequence[Step]) -> StageCosts:
     """Stage costs in seconds, fitted to what was measured in ``steps``.
 
-    A forward time is the median over ranks, layers and micro-batches; ``backward_ratio`` and ``weight_fraction`` make
-    the totals right, less the forwards that FFN stages ran again because they were dispatched again: the simulator adds
-    those itself. A transfer's time is the median over the messages that somebody stood waiting for, as only their
-    ends are known to the moment; where nobody ever waited, the shortest.
+    A forward time is the median over ranks, layers and micro-batches. ``backward_ratio`` and ``weight_fraction`` are
+    those of the medians of every layer as well (a stage that was held up says nothing about its cost), less the
+    forwards that FFN stages ran again because they were dispatched again: the simulator adds those itself. A transfer's
+    time is the median over the messages that somebody stood waiting for, as only their ends are known to the moment;
+    where nobody ever waited, the shortest.
 
     Raises:
         ValueError: where no attention or no FFN stage ran.
     """
     num_layers = 1 + max((e.layer for t in ranks if t.group.side is Side.F for e in t.of(COMPUTE)), default=-1)
-    forward: dict[tuple[Side, int], list[float]] = {}
-    total = dict.fromkeys(("F", "B", "I", "W"), 0.0)
+    taken: dict[tuple[str, Side, int], list[float]] = {}
     repeated = {(t.receive.layer, t.receive.micro_batch) for t in transfers if t.receive.name == Edge.AGAIN.value}
-    run_again = 0.0
+    run_again: list[int] = []
     for trace in ranks:
         for step in steps:
             for event in events_in(trace, step.windows[trace.rank]):
-                if event.category != COMPUTE or event.name not in total:
+                if event.category != COMPUTE or event.name not in ("F", "B", "I", "W"):
                     continue
-                took = (event.end - event.start) / NANO
-                total[event.name] += took
-                if event.name == Kind.F.value:
-                    forward.setdefault((trace.group.side, event.layer), []).append(took)
-                    if trace.group.side is Side.F and (event.layer, event.micro_batch) in repeated:
-                        run_again += took
+                key = event.name, trace.group.side, event.layer
+                taken.setdefault(key, []).append((event.end - event.start) / NANO)
+                if key[:2] == ("F", Side.F) and (event.layer, event.micro_batch) in repeated:
+                    run_again.append(event.layer)
 
     def middle(side: Side, layers: Iterable[int]) -> float:
-        return median([took for layer in layers for took in forward.get((side, layer), [])] or [0.0])
+        return median([took for layer in layers for took in taken.get(("F", side, layer), [])] or [0.0])
+
+    def typical(name: str) -> float:
+        return sum(len(times) * median(times) for (kind, *_), times in taken.items() if kind == name)
 
     ffn, first = middle(Side.F, range(num_layers)), middle(Side.A, [0])
     attention = middle(Side.A, range(1, num_layers)) or first
     if not (attention and ffn):
         raise ValueError("the traces hold no forward stage of one of the sides; their costs cannot be fitted")
-    split = total["I"] + total["W"]
+    split, again = typical("I") + typical("W"), sum(median(taken["F", Side.F, layer]) for layer in run_again)
     times = _transfer_times(ranks, transfers)
     return StageCosts(
         attention=attention,
@@ -118,8 +119,8 @@ def fit_costs(ranks: Sequence[RankTrace], transfers: Sequence[Transfer], steps: 
         transfer=times.get(Edge.M2N, 0.0),
         combine=times.get(Edge.N2M, 0.0),
         lane=times.get(Edge.LANE, 0.0),
-        backward_ratio=max(0.0, total["B"] + split - run_again) / total["F"],
-        weight_fraction=total["W"] / split if split else StageCosts.weight_fraction,
+        backward_ratio=max(0.0, typical("B") + split - again) / typical("F"),
+        weight_fraction=typical("W") / split if split else StageCosts.weight_fraction,
     )
 
 
