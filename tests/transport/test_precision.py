@@ -117,3 +117,19 @@ def test_history_is_left_behind() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="unknown wire dtype 'fp3'; choose from same, bf16, fp8"):
         create_wire_format("fp3")
+
+
+class _Owned(Arrived):
+    """A message that whoever takes it may keep."""
+
+    def take(self) -> Message:
+        return self.message
+
+
+@pytest.mark.parametrize("dtype, copied", [(torch.bfloat16, False), (torch.float32, True)])
+def test_bf16_copies_only_what_it_converts(dtype: torch.dtype, copied: bool) -> None:
+    spec, wire = spec_of(dtype), create_wire_format("bf16")
+    handle = _Owned(wire.encode(message_of(torch.ones(7, 32, dtype=dtype)), spec))
+    taken = wire.take(handle, spec)
+    assert (taken is not handle.message) == copied
+    assert torch.equal(taken.sections[0], torch.ones(7, 32, dtype=dtype))
