@@ -105,18 +105,22 @@ def start(mine: Sequence[Process]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of ``python -m megatron_disagmoe.plan_launch``; 2 on bad input."""
-    parser = argparse.ArgumentParser(description="Start a plan's processes of one node, or print all of them.")
+    parser = argparse.ArgumentParser(
+        description="Start a plan's processes of one node, or print all of them.",
+        epilog="After -- come more Megatron flags (data, learning rate, ...).",
+    )
     parser.add_argument("plan", type=Path)
     parser.add_argument("--node", type=int, help="number of this node in the plan")
     parser.add_argument("--master", default="127.0.0.1", help="host of the plan's node 0")
     parser.add_argument("--port", type=int, default=29500)
     parser.add_argument("--script", help="a Megatron pretrain script; Megatron's own GPT task where it isn't given")
     parser.add_argument("--dry-run", action="store_true", help="verify the plan, print every rank's role and command")
-    parser.add_argument("flags", nargs="*", help="after --: more Megatron flags (data, learning rate, ...)")
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    split = words.index("--") if "--" in words else len(words)
+    options, flags = parser.parse_args(words[:split]), words[split + 1 :]
     try:
         every = processes(
-            options.plan, master=options.master, port=options.port, script=options.script, flags=options.flags
+            options.plan, master=options.master, port=options.port, script=options.script, flags=flags
         )
         if not options.dry_run and options.node is None:
             raise ValueError("--node is missing: the number of this node in the plan")

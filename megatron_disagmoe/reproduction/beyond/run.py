@@ -15,7 +15,7 @@ from megatron_disagmoe.reproduction.figures.base import gain, summary
 from megatron_disagmoe.reproduction.systems.af_build import build
 from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, shapes
 from megatron_disagmoe.reproduction.systems.af_pipe import best_af
-from megatron_disagmoe.reproduction.systems.af_search import bound_seconds, promising
+from megatron_disagmoe.reproduction.systems.af_search import bound_seconds, by_bound, promising
 from megatron_disagmoe.reproduction.systems.af_search import run as run_shape
 from megatron_disagmoe.reproduction.systems.catalogue import BASELINES
 from megatron_disagmoe.reproduction.systems.choose import Task, best
@@ -26,7 +26,9 @@ from megatron_disagmoe.simulator.simulate import simulate_orders
 _BASELINES = ("megatron-1f1b", "comet", "dualpipe", "dualpipe-per-node")
 RIVAL = "dualpipe-per-node"
 #: Shapes that get schedules at a point.
-_KEEP = 6
+_KEEP = 8
+#: And so many lower bounds.
+_BOUNDED = 32
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,13 @@ def _af_pipe(point: Point, task: Task) -> tuple[Result | None, float]:
     """AF-pipe with the point's levers, and the least lower bound among the allocations that were looked at."""
     levers = LEVERS[point.levers]
     if levers.planner is not None:
-        found = best_af(task, space=levers.planner, keep=3)
-        return found, found.least_bound if found else 0.0
+        planned = best_af(task, space=levers.planner, keep=3)
+        return planned, planned.least_bound if planned else 0.0
     possible = [dataclasses.replace(each, dispatch=levers.dispatch, kind=levers.kind) for each in shapes(task)]
-    ranked = promising(task, possible)[:_KEEP]
+    found = by_bound([each for _, each in promising(task, possible)[:_BOUNDED]])[:_KEEP]
     best: tuple[Result, Evaluated] | None = None
     bounds = []
-    for _, candidate in ranked:
+    for candidate in found:
         share = task.batch / candidate.batch
         bounds.append(bound_seconds(candidate) * share)
         below = candidate.batch * task.sequence / best[0].tokens_per_second if best else math.inf

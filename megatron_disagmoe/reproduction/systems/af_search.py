@@ -18,8 +18,8 @@ from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
 from megatron_disagmoe.simulator.simulate import durations, simulate_orders
 
-#: Orders with repeated dispatches come out this much slower than estimates, which know nothing of their contention.
-_REPEATED = 1.3
+#: Of the most promising so many get lower bounds, by which they are then built.
+_BOUNDED = 32
 
 
 def slowed(task: Task) -> Task:
@@ -37,8 +37,7 @@ def promising(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evalua
             found = Evaluated(task, candidate, shared)
             if found.most_live < found.layers_of_group:
                 continue
-            seconds = found.estimate * (_REPEATED if candidate.ffn_lever[1] else 1.0) + found.synchronise_seconds
-            seconds *= task.batch / found.batch
+            seconds = (found.estimate + found.synchronise_seconds) * task.batch / found.batch
             if shape not in best or seconds < best[shape][0]:
                 best[shape] = (seconds, found)
     return sorted(best.values(), key=lambda each: each[0])
@@ -56,6 +55,12 @@ def chosen(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evaluated
     return []
 
 
+def by_bound(candidates: Iterable[Evaluated]) -> list[Evaluated]:
+    """The lowest bound for as many tokens first; without those that fit nowhere."""
+    bounds = [(bound_seconds(each) / each.batch, number, each) for number, each in enumerate(candidates)]
+    return [each for bound, _, each in sorted(bounds, key=lambda one: one[:2]) if math.isfinite(bound)]
+
+
 def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int = 8) -> Result | None:
     """The fastest of the ``keep`` most promising shapes; None where nothing fits.
 
@@ -63,7 +68,8 @@ def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int
         possible: shapes to choose from; all that ``shapes`` lists where None.
     """
     best: Result | None = None
-    for _, candidate in chosen(task, shapes(task) if possible is None else possible)[:keep]:
+    found = chosen(task, shapes(task) if possible is None else possible)[:_BOUNDED]
+    for candidate in by_bound([each for _, each in found])[:keep]:
         below = math.inf if best is None else candidate.batch * task.sequence / best.tokens_per_second
         result = run(candidate, below=below)
         if result is not None and (best is None or result.tokens_per_second > best.tokens_per_second):
