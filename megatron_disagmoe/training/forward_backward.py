@@ -73,7 +73,8 @@ def forward_backward(
         step.finalize_gradients(force_all_reduce=force_all_reduce)
         pipe.traffic.end(get_args().curr_iteration + 1)
     args = get_args()  # curr_iteration is set by training, not by --skip-train
-    pipe.executor.recorder.step(getattr(args, "curr_iteration", args.iteration), start, time.perf_counter_ns())
+    iteration = getattr(args, "curr_iteration", args.iteration) + 1  # as Megatron logs it
+    pipe.executor.recorder.step(iteration, start, time.perf_counter_ns())
     if timers is not None:
         timers("forward-backward").stop()
     return step.reports()

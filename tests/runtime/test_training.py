@@ -5,11 +5,14 @@ Every pair below is compared step by step, losses and gradient norms, for equali
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from megatron_disagmoe import builders
+from megatron_disagmoe.cli.trace import app
 from megatron_disagmoe.parity.step_values import StepValues
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.text import save
@@ -39,10 +42,10 @@ SAME = {
 }
 
 
-def _jobs(file: Path) -> dict[str, Training]:
+def _jobs(file: Path, traces: Path) -> dict[str, Training]:
     return {
         "whole": Training(2, _RICH),
-        "split": Training(2, _RICH + _SPLIT),
+        "split": Training(2, f"{_RICH}{_SPLIT}--af-trace-dir {traces}"),
         "recompute": Training(2, _RICH + _SPLIT + "--af-recompute both"),
         "redispatch": Training(2, _RICH + "--af-redispatch"),
         "file": Training(2, f"{_RICH} --af-schedule {file} --af-recompute attention"),
@@ -56,9 +59,14 @@ def _jobs(file: Path) -> dict[str, Training]:
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[StepValues]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all jobs."""
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def steps(folder: Path) -> dict[str, list[StepValues]]:
     """What every job's steps gave."""
-    folder = tmp_path_factory.mktemp("training")
     schedule = builders.build(
         "split-backward",
         Placement.round_robin(num_layers=NUM_LAYERS - 1, num_attention_groups=1, num_ffn_groups=1),
@@ -66,7 +74,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[StepValues
         costs=builders.NOMINAL_COSTS,
     )
     save(redispatching(schedule, every=2), folder / "schedule.txt")
-    found, results = train(_jobs(folder / "schedule.txt"), folder)
+    found, results = train(_jobs(folder / "schedule.txt", folder / "traces"), folder)
     for result in results.values():
         result.checked()
     return found
@@ -83,3 +91,19 @@ def test_losses_fall(steps: dict[str, list[StepValues]], name: str) -> None:
     losses = [step.loss for step in steps[name] if step.loss is not None]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
+
+
+def test_traces_of_training(steps: dict[str, list[StepValues]], folder: Path) -> None:
+    """Of a real run: the steps have the numbers that Megatron logs, every message has both ends, the schedule is known.
+
+    That traces change no bits is among the pairs above.
+    """
+    assert len(steps["split"]) == STEPS
+    done = CliRunner().invoke(app, [str(folder / "traces"), "--out", str(folder / "merged.json"), "--json"])
+    assert done.exit_code == 0
+    result = json.loads(done.stdout)
+    assert result["steps"] == list(range(2, STEPS + 1))
+    assert result["unmatched"] == 0
+    assert [rank["group"] for rank in result["ranks"]] == ["F0", "A0"]
+    assert all(0 < busy < 1 for busy in result["compute_busy"])
+    assert result["simulated_step_time_s"] > 0
