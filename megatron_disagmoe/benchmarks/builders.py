@@ -20,6 +20,7 @@ from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.feed_bound import feed_bound
 from megatron_disagmoe.simulator.nested_bound import nested_bound
 from megatron_disagmoe.simulator.simulate import simulate
+from megatron_disagmoe.simulator.step_bound import step_bound
 
 #: Caps of the frontier to measure, four groups a side, 32 layers, 64 micro-batches.
 CAPS = (9, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 73, 88, 96, 112, 128)
@@ -142,7 +143,7 @@ def measure(chosen: Iterator[Case], progress: Callable[[str], None] = lambda tex
         makespan = simulate(schedule, case.costs).makespan
         bound = {
             "fill": bounds.fill,
-            "cap": bounds.cap,
+            "cap": step_bound(workload, max_live=case.max_live),
             "nested": max(bounds.fill, nested_bound(workload)),
             "feed": max(bounds.fill, feed_bound(workload)),
         }[case.bound]

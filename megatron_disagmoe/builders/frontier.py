@@ -23,9 +23,10 @@ from megatron_disagmoe.builders.search import least_live
 from megatron_disagmoe.schedules.actions import Placement, Schedule, Side
 from megatron_disagmoe.schedules.liveness import peak_live
 from megatron_disagmoe.schedules.orders import Orders
-from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
+from megatron_disagmoe.simulator.bounds import Workload
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.simulate import simulate_orders
+from megatron_disagmoe.simulator.step_bound import step_bound
 
 PLAIN, RECOMPUTE_FFN, RECOMPUTE, REDISPATCH = "plain", "recompute-ffn", "recompute", "re-dispatch"
 LEVERS = (PLAIN, RECOMPUTE_FFN, RECOMPUTE, REDISPATCH)
@@ -101,7 +102,7 @@ def _point(schedule: Schedule, costs: StageCosts, lever: str, cap: int) -> Point
         lever=lever,
         max_live=cap,
         makespan=simulate_orders(orders, costs).makespan,
-        bound=lower_bounds(Workload.of(orders, costs), max_live=cap).cap,
+        bound=step_bound(Workload.of(orders, costs), max_live=cap),
         live_attention=max(most for group, most in live.items() if group.side is Side.A),
         live_ffn=max(most for group, most in live.items() if group.side is Side.F),
     )

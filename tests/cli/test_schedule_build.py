@@ -87,7 +87,7 @@ def test_frontier(tmp_path: Path) -> None:
         (lever, cap) for lever in ("plain", "recompute-ffn", "recompute", "re-dispatch") for cap in (3, 12)
     ]
     assert answer["makespan"] == answer["frontier"][1]["makespan"]
-    assert answer["cap_bound"] == answer["frontier"][1]["bound"]
+    assert answer["step_bound"] == answer["frontier"][1]["bound"]
     assert answer["frontier_out"] == str(tmp_path / "plan.frontier.svg")
     assert Path(answer["frontier_out"]).read_bytes().startswith(b"<?xml")
     assert run("verify", str(out)).exit_code == 0
