@@ -242,11 +242,14 @@ def rehearse(
         "sizes": sizes.model_dump(),
         "schedule": found.small.plan.schedule.kind,
         "flags": found.small.plan.flags,
+        "left_out": list(found.small.left_out),
     }
 
     def render(console: Console) -> None:
         groups = f"A {sizes.attention_groups} x {sizes.attention_ranks}, F {sizes.ffn_groups} x {sizes.ffn_ranks}"
         console.print(f"{groups}, {found.small.plan.schedule.kind}: losses {list(found.losses)}", highlight=False)
+        for each in found.small.left_out:
+            console.print(f"left out: {each}", markup=False, highlight=False, soft_wrap=True)
         if found.error:
             console.print(found.error, markup=False, highlight=False, soft_wrap=True)
 

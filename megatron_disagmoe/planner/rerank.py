@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_disagmoe import builders
 from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.planner.allocation import Allocation, ScheduleKind
 from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory, allocation_of, evaluate
+from megatron_disagmoe.planner.layered_costs import LayeredCosts
 from megatron_disagmoe.planner.problem import Problem
 from megatron_disagmoe.planner.search import TIE, Found, search
 from megatron_disagmoe.planner.space import fixed_sizes
-from megatron_disagmoe.schedules.actions import Group, Schedule, Side
+from megatron_disagmoe.schedules.actions import Group, Placement, Schedule, Side
 from megatron_disagmoe.schedules.liveness import lifetimes, live_counts, peak_live
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.simulate import simulate_orders
@@ -177,7 +179,53 @@ def ranked_as_planned(evaluation: Evaluation, *, group_size: int | None, max_liv
     Raises:
         ValueError: there is no such schedule.
     """
-    return _built(evaluation, group_size=group_size, max_live=max_live)
+    a = evaluation.allocation
+    schedule, seconds = _scheduled(
+        a.schedule,
+        evaluation.placement,
+        evaluation.num_micro_batches,
+        evaluation.costs,
+        group_size=None if a.schedule == "sequential" else group_size,
+        max_live=max_live,
+        redispatch=a.redispatch,
+    )
+    live = peak_live(schedule)
+    most_f = max(count for group, count in live.items() if group.side is Side.F)
+    return Ranked(
+        evaluation=evaluation,
+        schedule=schedule,
+        group_size=group_size,
+        max_live=max_live,
+        peak_live=live,
+        pipeline_seconds=seconds,
+        attention=_attention_memory(evaluation, schedule, live),
+        ffn=evaluation.ffn.with_live(most_f),
+    )
+
+
+@lru_cache(maxsize=8)
+def _scheduled(
+    kind: ScheduleKind,
+    placement: Placement,
+    num_micro_batches: int,
+    costs: LayeredCosts,
+    *,
+    group_size: int | None,
+    max_live: int | None,
+    redispatch: bool,
+) -> tuple[Schedule, float]:
+    """A schedule and its seconds. Ranking and verifying a plan ask for the same one."""
+    schedule = builders.build(
+        kind,
+        placement,
+        num_micro_batches=num_micro_batches,
+        costs=costs,
+        group_size=group_size,
+        max_live=max_live,
+    )
+    if redispatch:
+        schedule = redispatching(schedule, costs)
+    return schedule, simulate_orders(Orders.of(schedule), costs).makespan
 
 
 def live_cap(evaluation: Evaluation) -> int:
@@ -189,34 +237,6 @@ def live_cap(evaluation: Evaluation) -> int:
         evaluation.attention_first.most_live(a_usable) + tail_is_first,
         evaluation.attention_tail.most_live(a_usable) + 1,  # whose one tail is no micro-batch-layer
         evaluation.ffn.most_live(f_usable),
-    )
-
-
-def _built(evaluation: Evaluation, *, group_size: int | None, max_live: int | None) -> Ranked:
-    kind = evaluation.allocation.schedule
-    n = evaluation.num_micro_batches
-    schedule = builders.build(
-        kind,
-        evaluation.placement,
-        num_micro_batches=n,
-        costs=evaluation.costs,
-        group_size=None if kind == "sequential" else group_size,
-        max_live=max_live,
-    )
-    if evaluation.allocation.redispatch:
-        schedule = redispatching(schedule, evaluation.costs)
-    run = simulate_orders(Orders.of(schedule), evaluation.costs)
-    live = peak_live(schedule)
-    most_f = max(count for group, count in live.items() if group.side is Side.F)
-    return Ranked(
-        evaluation=evaluation,
-        schedule=schedule,
-        group_size=group_size,
-        max_live=max_live,
-        peak_live=live,
-        pipeline_seconds=run.makespan,
-        attention=_attention_memory(evaluation, schedule, live),
-        ffn=evaluation.ffn.with_live(most_f),
     )
 
 

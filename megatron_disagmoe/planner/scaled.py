@@ -1,12 +1,13 @@
 """A plan and its model made so small that a few processes of one machine can train them.
 
-What makes a plan run as it does is kept: kinds of attention and layers, uneven depth, schedule, dispatch mode,
-recomputation of whole stages, dispatching again. Sizes shrink; tensor and context parallelism and selective
-recomputation, which this version does not run, go.
+What makes a plan run as it does is kept: kinds of layers, uneven depth, schedule, dispatch mode, recomputation of
+whole stages, dispatching again. Sizes shrink; tensor and context parallelism and selective recomputation, which this
+version does not run, go; latent attention becomes multi-head attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -15,7 +16,7 @@ from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import Allocation, Job, NodeLayout
 from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.evaluate import evaluate
-from megatron_disagmoe.planner.model_spec import GroupedQueryAttention, LatentAttention, ModelSpec
+from megatron_disagmoe.planner.model_spec import GroupedQueryAttention, ModelSpec
 from megatron_disagmoe.planner.plan_file import PlanFile
 from megatron_disagmoe.planner.plan_making import plan_of
 from megatron_disagmoe.planner.problem import Problem
@@ -31,37 +32,26 @@ _PROCESSES = 4
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A small plan, the model it is for, and how many processes it takes."""
+    """A small plan, the model it is for, how many processes it takes, and what is not as in the large plan."""
 
     plan: PlanFile
     model: ModelSpec
     world_size: int
+    left_out: tuple[str, ...]
 
 
 def small_model(model: ModelSpec) -> ModelSpec:
-    """Few layers, narrow; the same kinds of attention, layers and experts."""
+    """Few layers, narrow; the same kinds of layers and experts, grouped-query or multi-head attention."""
     attention = model.attention
-    small: dict[str, Any]
-    if isinstance(attention, LatentAttention):
-        small = {
-            "kind": "mla",
-            "num_heads": _HEADS,
-            "q_lora_rank": 16 if attention.q_lora_rank else 0,
-            "kv_lora_rank": 16,
-            "qk_head_dim": _HEAD_DIM,
-            "qk_rope_dim": 4,
-            "v_head_dim": _HEAD_DIM,
-        }
-    else:
-        assert isinstance(attention, GroupedQueryAttention), "there are two kinds"
-        grouped = attention.num_query_groups < attention.num_heads
-        small = {
-            "kind": "gqa",
-            "num_heads": _HEADS,
-            "num_query_groups": 2 if grouped else _HEADS,
-            "head_dim": _HEAD_DIM,
-            "qk_norm": attention.qk_norm,
-        }
+    known = attention if isinstance(attention, GroupedQueryAttention) else None
+    grouped = known is not None and known.num_query_groups < known.num_heads
+    small: dict[str, Any] = {
+        "kind": "gqa",
+        "num_heads": _HEADS,
+        "num_query_groups": 2 if grouped else _HEADS,
+        "head_dim": _HEAD_DIM,
+        "qk_norm": known is not None and known.qk_norm,
+    }
     moe = model.moe
     experts = min(moe.num_experts, 8)
     return ModelSpec.model_validate(
@@ -128,4 +118,14 @@ def rehearsal(plan: PlanFile, model: ModelSpec) -> Rehearsal:
     if plan.schedule.max_live is not None:
         max_live = max(2 * _LAYERS // allocation.attention_groups + 2, 8)  # less than a schedule without a cap keeps
     ranked = ranked_as_planned(evaluate(problem, allocation), group_size=None, max_live=max_live)
-    return Rehearsal(plan_of(ranked), small, allocation.num_gpus)
+    return Rehearsal(plan_of(ranked), small, allocation.num_gpus, tuple(_left_out(plan, model)))
+
+
+def _left_out(plan: PlanFile, model: ModelSpec) -> Iterator[str]:
+    if not isinstance(model.attention, GroupedQueryAttention):
+        yield "latent attention, which Megatron has only with Transformer Engine: multi-head attention instead"
+    cuts = (plan.sizes.tensor_parallel, plan.sizes.context_parallel, plan.sizes.expert_tensor_parallel)
+    if max(cuts) > 1:
+        yield "TP {}, CP {}, ETP {}".format(*cuts)
+    if "selective" in (plan.levers.recompute_attention, plan.levers.recompute_ffn):
+        yield "selective recomputation"
