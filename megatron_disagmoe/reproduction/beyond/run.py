@@ -15,7 +15,7 @@ from megatron_disagmoe.reproduction.figures.base import gain, summary
 from megatron_disagmoe.reproduction.systems.af_build import build
 from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, shapes
 from megatron_disagmoe.reproduction.systems.af_pipe import best_af
-from megatron_disagmoe.reproduction.systems.af_search import bound_seconds, by_bound, promising
+from megatron_disagmoe.reproduction.systems.af_search import bound_seconds, promising, to_build
 from megatron_disagmoe.reproduction.systems.af_search import run as run_shape
 from megatron_disagmoe.reproduction.systems.catalogue import BASELINES
 from megatron_disagmoe.reproduction.systems.choose import Task, best
@@ -27,8 +27,6 @@ _BASELINES = ("megatron-1f1b", "comet", "dualpipe", "dualpipe-per-node")
 RIVAL = "dualpipe-per-node"
 #: Shapes that get schedules at a point.
 _KEEP = 8
-#: And so many lower bounds.
-_BOUNDED = 32
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _af_pipe(point: Point, task: Task) -> tuple[Result | None, float]:
         planned = best_af(task, space=levers.planner, keep=3)
         return planned, planned.least_bound if planned else 0.0
     possible = [dataclasses.replace(each, dispatch=levers.dispatch, kind=levers.kind) for each in shapes(task)]
-    found = by_bound([each for _, each in promising(task, possible)[:_BOUNDED]])[:_KEEP]
+    found = to_build([each for _, each in promising(task, possible)], _KEEP)
     best: tuple[Result, Evaluated] | None = None
     bounds = []
     for candidate in found:

@@ -18,8 +18,8 @@ from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
 from megatron_disagmoe.simulator.simulate import durations, simulate_orders
 
-#: Of the most promising so many get lower bounds, by which they are then built.
-_BOUNDED = 32
+#: Of the most promising so many get lower bounds; so many of every 8 that are built are those of the lowest bounds.
+_BOUNDED, _BY_BOUND = 32, 5
 
 
 def slowed(task: Task) -> Task:
@@ -61,6 +61,12 @@ def by_bound(candidates: Iterable[Evaluated]) -> list[Evaluated]:
     return [each for bound, _, each in sorted(bounds, key=lambda one: one[:2]) if math.isfinite(bound)]
 
 
+def to_build(found: list[Evaluated], keep: int) -> list[Evaluated]:
+    """``keep`` of ``found``, which begins with the lowest estimates: the lowest bounds, and the lowest estimates."""
+    bounded = by_bound(found[:_BOUNDED])[: -(-keep * _BY_BOUND // 8)]
+    return [*bounded, *(each for each in found[:keep] if each not in bounded)][:keep]
+
+
 def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int = 8) -> Result | None:
     """The fastest of the ``keep`` most promising shapes; None where nothing fits.
 
@@ -68,8 +74,8 @@ def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int
         possible: shapes to choose from; all that ``shapes`` lists where None.
     """
     best: Result | None = None
-    found = chosen(task, shapes(task) if possible is None else possible)[:_BOUNDED]
-    for candidate in by_bound([each for _, each in found])[:keep]:
+    found = [each for _, each in chosen(task, shapes(task) if possible is None else possible)]
+    for candidate in to_build(found, keep):
         below = math.inf if best is None else candidate.batch * task.sequence / best.tokens_per_second
         result = run(candidate, below=below)
         if result is not None and (best is None or result.tokens_per_second > best.tokens_per_second):
