@@ -130,7 +130,10 @@ def run_emulated(
     cases = []
     for each in prepared:
         path = folder / f"{each.name}.txt"
-        save(ensure_safe(each.ranked.schedule).schedule, path)
+        schedule = ensure_safe(each.ranked.schedule).schedule
+        # Times of single stages are tuples, which a schedule file has no form for.
+        plain = json.loads(json.dumps(schedule.parameters))
+        save(dataclasses.replace(schedule, parameters=plain), path)
         cases.append({"name": each.name, "schedule": str(path), "costs": dataclasses.asdict(each.truth)})
     settings = {
         "unit_seconds": 1.0,
