@@ -79,13 +79,16 @@ class Case:
         attention, ffn = tuple(range(self.m)), tuple(range(self.m, self.m + self.n))
         ends = {"M2N": (attention, ffn), "N2M": (ffn, attention), "M2N.grad": (ffn, attention)}
         ends["N2M.grad"] = attention, ffn
-        return {edge: ChannelSpec(f"{edge} {self.mode} {self.dtype}", *ranks) for edge, ranks in ends.items()}
+        return {edge: ChannelSpec(f"{edge} {self}", *ranks) for edge, ranks in ends.items()}
 
     def nodes(self) -> list[NodeChannels]:
         """Of every node of FFN ranks; none where the mode exchanges nothing on a node."""
         size = self.dispatcher().node_size
         starts = range(self.m, self.m + self.n, size) if size > 1 else ()
-        return [NodeChannels.among(range(s, s + size), name=f"{self.mode} {self.dtype} {s}") for s in starts]
+        return [NodeChannels.among(range(s, s + size), name=f"{self} {s}") for s in starts]
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.m}x{self.n} {self.dtype}"
 
 
 class Edges:
@@ -128,7 +131,10 @@ def arrived(handles: list[RecvHandle], spec: MessageSpec) -> list[Message]:
 def run_rank(
     rank: int, name: str, cases: Sequence[Case], num_micro_batches: int
 ) -> tuple[list[list[Result]], dict[str, int]]:
-    """Every case: all micro-batches forward, then all backward. Results of an attention rank, and bytes sent."""
+    """Every case on as many ranks as it needs, the first: all micro-batches forward, then all backward.
+
+    Results of an attention rank, and bytes sent.
+    """
     channels = [*(channel for case in cases for channel in case.edges().values())]
     channels += [channel for case in cases for node in case.nodes() for channel in node.all]
     transport = open_transport(name, channels)
@@ -143,6 +149,8 @@ def _run_case(rank: int, transport: Transport, case: Case, num_micro_batches: in
     dispatcher = case.dispatcher()
     layers = [case.layer(b) for b in range(num_micro_batches)]
     m, n = case.m, case.n
+    if rank >= m + n:
+        return []
     if rank < m:
         edges = Edges(transport, case, dispatcher, peers=list(range(m, m + n)))
         return _attention_side(rank, edges, dispatcher, layers)
