@@ -47,6 +47,8 @@ class Model:
             f"--moe-aux-loss-coeff 0.01 --micro-batch-size {self.micro_batch_size} "
             f"--global-batch-size {self.micro_batch_size * self.micro_batches} {_TRAINING}"
         )
+        if self.topk == 1:  # after a softmax over one expert its probability would be 1, whatever the router says
+            text += " --moe-router-pre-softmax"
         return text.split()
 
 
