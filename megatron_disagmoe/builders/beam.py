@@ -98,7 +98,7 @@ def beamed(workload: Workload, max_live: int) -> Iterator[tuple[Orders, dict[str
 def _places(paths: Paths) -> _Places:
     last = paths.last
     stage = np.concatenate((np.arange(last + 1), np.arange(last + 1)[::-1]))
-    group = np.array(paths.groups)[stage]
+    group = np.unique(paths.groups, return_inverse=True)[1][stage]  # a group without stages has no number here
     is_forward = np.arange(len(stage)) <= last
     both = [i + w for i, w in zip(paths.inputs, paths.weights, strict=True)]
     time = np.where(is_forward, np.array(paths.forward)[stage], np.array(both)[stage])
