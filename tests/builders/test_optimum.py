@@ -89,7 +89,14 @@ def test_as_every_order_tried(cap: int, costs: StageCosts) -> None:
 
 @pytest.mark.parametrize(
     "layers, p, n, cap, optimum",
-    [(1, 1, 3, 3, 13.0), (2, 1, 3, 4, 29.0), (2, 1, 5, 4, 44.0), (2, 2, 4, 4, 27.0), (4, 2, 3, 4, 58.0), (4, 2, 8, 5, 104.0)],
+    [
+        (1, 1, 3, 3, 13.0),
+        (2, 1, 3, 4, 29.0),
+        (2, 1, 5, 4, 44.0),
+        (2, 2, 4, 4, 27.0),
+        (4, 2, 3, 4, 58.0),
+        (4, 2, 8, 5, 104.0),
+    ],
 )
 def test_builders_are_near_the_optimum(layers: int, p: int, n: int, cap: int, optimum: float) -> None:
     """Within 5 %, where the optimum is up to 21 % above the bound of the cap."""
