@@ -53,13 +53,13 @@ class Predictor:
         of those steps, each simulated with its own stage times.
         """
         steps = [self._steps[number] for number in numbers]
-        costs = self._costs(numbers)
+        costs = self.costs(numbers)
         if link is not None:
             seconds = {
                 edge: self._bytes(edge, steps) * self._overhead(steps, taken) * 8e-9 / link for edge in ("M2N", "N2M")
             }
             if unlimited:
-                least = self._costs(unlimited)
+                least = self.costs(unlimited)
                 seconds = {"M2N": max(seconds["M2N"], least.transfer), "N2M": max(seconds["N2M"], least.edge(1))}
             costs = dataclasses.replace(costs, transfer=seconds["M2N"], combine=seconds["N2M"])
         simulated = []
@@ -69,7 +69,8 @@ class Predictor:
             simulated.append(run.makespan + max(0.0, outside))
         return 1e3 * median(simulated)
 
-    def _costs(self, numbers: Sequence[int]) -> StageCosts:
+    def costs(self, numbers: Sequence[int]) -> StageCosts:
+        """Stage and transfer times of those steps, in seconds (``tracing.predicted.fit_costs``)."""
         steps = [self._steps[number] for number in numbers]
         return fit_costs(self._ranks, self._in_steps(steps), steps)
 
