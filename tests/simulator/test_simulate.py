@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
@@ -89,6 +90,18 @@ def test_activations_and_gradients_contend_for_a_port() -> None:
     assert table(timeline)["A1>"][:2] == ["M2N/1.0 11-15", "M2N/1.1 15-19"]
     # F0 receives M2N/1.1 from 15 to 19, and the gradient of N2M/1.0 when A0's tail has it: 16 + 4 = 20
     assert table(timeline)["F0"][2:5] == ["F1.0 15-16", "F1.1 19-20", "B1.0 24-26"]
+
+
+def test_times_of_single_actions_instead_of_the_costs() -> None:
+    """One micro-batch: 1, M2N 0.5, 2, N2M 0.25, tail 0.5 and 1, then back 0.25, 4, 0.5, 2."""
+    schedule = parsed("A0: F0.0 F1.0 B1.0 B0.0", "F0: F0.0 B0.0", attention="0 0", ffn="0", micro_batches=1)
+    costs = StageCosts(attention=1, ffn=2, transfer=0.5, combine=0.25, tail=0.5)
+    orders = Orders.of(schedule)
+    assert simulate_orders(orders, costs).makespan == 12
+    slow_ffn = np.array([1, 0.5, 1, 2, 5, 4.5])  # of A0's four actions, then F0's two; its F takes 3 more, its B 0.5
+    run = simulate_orders(orders, costs, compute=slow_ffn)
+    assert run.makespan == 15.5
+    assert (run.transfer_end - run.transfer_start).sum() == 1.5  # transfers are still those of the costs
 
 
 def test_lanes_use_ports_where_they_cost() -> None:
