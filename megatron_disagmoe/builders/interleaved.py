@@ -11,7 +11,7 @@ in that time the worker that is nearer to the start does ``slope`` forwards more
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,6 +85,33 @@ def interleaved(shape: Shape, *, num_layers: int, num_micro_batches: int, forwar
         stage=np.tile(stage, 2),
         micro_batch=np.tile(micro_batch, 2),
         keys=(np.concatenate((forward_key, backward_key)),),
+    )
+
+
+def padded(shape: Shape, *, num_layers: int, num_micro_batches: int, forward_only: bool = False) -> Orders:
+    """The order for the next larger number of layers that the ring divides, without the actions of those beyond.
+
+    Where some workers have a layer fewer, warm-ups of their own make small groups wait for each other in a circle: a
+    worker's lag is then another share of its round than its neighbours'. Leaving actions out of an order that runs
+    closes no circle, as what waited for them waits for what they waited for.
+    """
+    even = interleaved(
+        shape,
+        num_layers=math.ceil(num_layers / shape.ring) * shape.ring,
+        num_micro_batches=num_micro_batches,
+        forward_only=forward_only,
+    )
+    tail = 2 * even.placement.num_layers
+    there = np.flatnonzero((even.stage < 2 * num_layers) | (even.stage == tail))
+    placement = even.placement
+    return sorted_orders(
+        replace(placement, attention=(*placement.attention[:num_layers], shape.ring), ffn=placement.ffn[:num_layers]),
+        num_micro_batches=num_micro_batches,
+        forward_only=forward_only,
+        kind=even.kind[there],
+        stage=np.minimum(even.stage[there], 2 * num_layers),
+        micro_batch=even.micro_batch[there],
+        keys=(there,),
     )
 
 

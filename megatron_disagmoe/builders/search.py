@@ -5,6 +5,7 @@ Deterministic: the effort is counted in simulated actions, not in seconds, so al
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_disagmoe.builders.folding import folded
-from megatron_disagmoe.builders.interleaved import Shape, interleaved
+from megatron_disagmoe.builders.interleaved import Shape, interleaved, padded
 from megatron_disagmoe.builders.listing import Listing
 from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.builders.weights import filled, split_at_once
@@ -133,28 +134,37 @@ class Search:
         if shape in self._values:
             return self._values[shape]
         self._values[shape] = math.inf
-        orders = interleaved(
+        real = None
+        for make in (interleaved, padded) if task.placement.num_layers % shape.ring else (interleaved,):
+            with contextlib.suppress(ValueError):  # its groups wait for each other in a circle
+                real = self._real(make, shape)
+                break
+        found = self.consider(real, {"ring": shape.ring, **_numbers(shape)}) if real is not None else None
+        if found is not None:
+            self._values[shape] = self.value(found)
+        return self._values[shape]
+
+    def _real(self, make: Callable[..., Orders], shape: Shape) -> Orders | None:
+        """A member of the family on the real groups; None where it is hopeless.
+
+        Raises:
+            ValueError: where it cannot run.
+        """
+        task = self.task
+        orders = make(
             shape,
             num_layers=task.placement.num_layers,
             num_micro_batches=task.num_micro_batches,
             forward_only=task.forward_only,
         )
-        try:
-            if task.split:
-                self.spend(orders, 3)
-                real = filled(orders, task.costs, placement=task.placement, max_live=task.max_live)
-            else:
-                self.spend(orders)
-                virtual = simulate_orders(orders, task.costs)
-                if self.best is not None and virtual.makespan > _HOPELESS * self.best.run.makespan:
-                    return math.inf
-                real = folded(virtual, task.placement)
-        except ValueError:  # its groups wait for each other in a circle
-            return math.inf
-        found = self.consider(real, {"ring": shape.ring, **_numbers(shape)})
-        if found is not None:
-            self._values[shape] = self.value(found)
-        return self._values[shape]
+        if task.split:
+            self.spend(orders, 3)
+            return filled(orders, task.costs, placement=task.placement, max_live=task.max_live)
+        self.spend(orders)
+        virtual = simulate_orders(orders, task.costs)
+        if self.best is not None and virtual.makespan > _HOPELESS * self.best.run.makespan:
+            return None
+        return folded(virtual, task.placement)
 
     def descend(self, shape: Shape, moves: Callable[[Shape], Iterator[list[Shape]]]) -> Shape:
         """From ``shape`` along one coordinate after the other, until none helps or the effort is spent."""
