@@ -5,7 +5,9 @@ machine is one that the planner does not know: its times are other than those th
 that trials of a few allocations must find out. Then others are predicted, scheduled by the prediction, and run.
 
 ``real``: a model trained by Megatron with one attention and one FFN process on two hosts whose link is limited. Stage
-times are fitted on the unlimited link; what the limited links do to a step is predicted.
+times are fitted to a trial of each dispatch mode at one limit; steps at other limits are predicted. The trials' link is
+limited too, as what moves bytes there takes time of the cores that compute. Links are taken in turn, step by step, so
+that a core's changes of pace are in all of them alike.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ from megatron_disagmoe.tracing.report import find_steps
 EMULATED_BAR, REAL_BAR = 0.10, 0.15
 #: The allocation that is measured best must be among this many predicted best, or this close to the predicted best.
 TOP, CLOSE = 2, 0.05
+
+#: Gbit/s of the link that the real part's trials use; none that is predicted.
+TRIAL_LINK = 2.0
 
 _SEQUENCE, _BATCH, _GPUS = 128, 32, 16
 
@@ -237,6 +242,7 @@ def measure_real(
 
     Raises:
         HostsUnavailable: without root or network namespaces.
+        ValueError: a limit is the trials' own.
         RuntimeError: where a rank fails.
     """
     from megatron_disagmoe.benchmarks.hosts import Hosts, HostsUnavailable, why_unavailable
@@ -245,34 +251,46 @@ def measure_real(
     from megatron_disagmoe.benchmarks.shaped.measure import WARM_UP_STEPS
     from megatron_disagmoe.benchmarks.shaped.predict import Predictor
 
+    if TRIAL_LINK in links:
+        raise ValueError(f"--links {TRIAL_LINK:g}: trials run at that limit, predict others")
     reason = why_unavailable()
     if reason is not None:
         raise HostsUnavailable(reason)
     model = MODELS["balanced"]
     variants = [Variant("af-pipe", mode, "torch", "interleaved-1f1b") for mode in ("per-rank", "per-expert")]
-    seconds: dict[tuple[Variant, float | None], list[float]] = {}
-    numbers: dict[Variant, list[int]] = {variant: [] for variant in variants}
+    seconds: dict[tuple[Variant, float], list[float]] = {}
+    numbers: list[int] = []
     with Hosts(2) as network, Fleet(network, model, variants, folder, timeout_seconds=300.0) as fleet:
+        progress("warming up")
         for variant in variants * WARM_UP_STEPS:
             fleet.step(variant)
-        for link in (None, *links):
-            network.limit(link)
-            for turn in range(repeats):
+        taken = WARM_UP_STEPS
+        for turn in range(repeats):
+            for link in (TRIAL_LINK, *links):
+                network.limit(link)
                 for variant in variants:
                     seconds.setdefault((variant, link), []).append(fleet.step(variant).seconds)
-                    if link is None:
-                        numbers[variant].append(WARM_UP_STEPS + turn)
-            progress("unlimited link" if link is None else f"{link:g} Gbit/s")
+                numbers += [taken] if link == TRIAL_LINK else []
+                taken += 1
+            progress(f"turn {turn + 1} of {repeats}")
     spec = model_from_megatron([*model.flags(), "--padded-vocab-size", "384"], name=model.name)
-    fitted = variants[0]
-    costs = Predictor(fleet.traces(fitted), fitted, model, 2).costs(numbers[fitted])
+    measured = {
+        variant: Predictor(fleet.traces(variant), variant, model, 2).costs(numbers) for variant in variants
+    }
     rows = []
     for link in links:
         cluster = _two_hosts(link)
-        plan = plan_of(_one_and_one(cluster, spec, model.seq_length, model.micro_batches, fitted.dispatch))
-        trial = Trial(plan, costs, statistics.median(seconds[fitted, None]), ())
-        known = calibrated(cluster, spec, [trial])
-        # The limited link is what its limit says, not what the unlimited one did.
+        trials = [
+            Trial(
+                plan_of(_one_and_one(cluster, spec, model.seq_length, model.micro_batches, variant.dispatch)),
+                costs,
+                statistics.median(seconds[variant, TRIAL_LINK]),
+                (),
+            )
+            for variant, costs in measured.items()
+        ]
+        known = calibrated(cluster, spec, trials)
+        # A link is what its limit says, not what the trials' link did.
         known = known.model_copy(update={"network": cluster.network})
         for variant in variants:
             ranked = _one_and_one(known, spec, model.seq_length, model.micro_batches, variant.dispatch)
@@ -282,12 +300,12 @@ def measure_real(
 
 
 def _two_hosts(gbit_per_s: float) -> Cluster:
-    """Two nodes of one process; Ethernet, IP and TCP headers take 6% of the link."""
+    """Two nodes of one process; of a jumbo frame's 9014 bytes 8948 are payload."""
     laptop = load_cluster("laptop")
     pool = laptop.pools[0].model_copy(
         update={"num_nodes": 2, "gpus_per_node": 1, "nics_gbit_per_s": (gbit_per_s,), "nvlink_gb_per_s": 1.0}
     )
-    network = laptop.network.model_copy(update={"efficiency": 0.94, "latency_us": 200.0})
+    network = laptop.network.model_copy(update={"efficiency": 8948 / 9014, "latency_us": 200.0})
     return laptop.model_copy(update={"name": "two hosts", "pools": (pool,), "network": network})
 
 

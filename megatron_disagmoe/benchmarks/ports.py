@@ -57,7 +57,8 @@ class Arbiter:
         self._thread.start()
 
     def _run(self) -> None:
-        selector = selectors.DefaultSelector()
+        # Not epoll, whose waits Python rounds up to whole milliseconds: every transfer would seem to end that late.
+        selector = selectors.SelectSelector()
         selector.register(self._listener, selectors.EVENT_READ)
         selector.register(self._woken, selectors.EVENT_READ)
         waiting: list[_Transfer] = []

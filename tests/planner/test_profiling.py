@@ -68,6 +68,21 @@ def test_a_fit_finds_the_factors_of_the_machine() -> None:
         assert predicted == pytest.approx(actual, rel=0.03)
 
 
+def test_a_fit_tells_latency_from_bandwidth() -> None:
+    """What every message takes, whatever its size, must not make large transfers slower."""
+    known, truth = emulated_cluster(truth=False), emulated_cluster(truth=True)
+    trials = []
+    for trial in (_trial(truth, known, sizes) for sizes in SIZES):
+        late = {"transfer": trial.costs.transfer + 1e-3, "combine": trial.costs.edge(1) + 1e-3}
+        trials.append(dataclasses.replace(trial, costs=dataclasses.replace(trial.costs, **late)))
+    network = calibrated(known, emulated_model(), trials).network
+    assert network.calibration == pytest.approx(truth.network.calibration, rel=0.01)
+    assert network.local_latency_us == pytest.approx(truth.network.local_latency_us + 1000, rel=0.01)
+    alone = calibrated(known, emulated_model(), trials[:1]).network  # transfers of one size make no line
+    assert alone.local_latency_us == pytest.approx(known.network.local_latency_us)
+    assert alone.calibration > truth.network.calibration
+
+
 def test_a_fit_replaces_an_earlier_one() -> None:
     known, truth = emulated_cluster(truth=False), emulated_cluster(truth=True)
     trials = [_trial(truth, known, sizes) for sizes in SIZES]
