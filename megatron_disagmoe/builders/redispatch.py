@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from megatron_disagmoe.schedules.actions import Action, Group, Kind, Schedule, Side
+from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.costs import StageCosts
-from megatron_disagmoe.simulator.simulate import simulate
+from megatron_disagmoe.simulator.simulate import simulate, simulate_orders
 from megatron_disagmoe.simulator.timeline import Timeline
 
 #: How many dispatches before its backward a stage's tokens leave again, beside what their group may be busy with then;
@@ -27,7 +28,7 @@ def redispatching(schedule: Schedule, costs: StageCosts) -> Schedule:
     spans = [span for group, each in timeline.compute.items() if group.side is Side.A for span in each]
     busy = max(span.end - span.start for span in spans)
     tried = [_with_lead(schedule, timeline, busy + lead * costs.transfer) for lead in _LEADS]
-    return min(tried, key=lambda each: simulate(each, costs).makespan)
+    return min(tried, key=lambda each: simulate_orders(Orders.of(each), costs).makespan)
 
 
 def _with_lead(schedule: Schedule, timeline: Timeline, lead: float) -> Schedule:
