@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from megatron_disagmoe.builders.search import Task, least_live
 from megatron_disagmoe.builders.sequential import sequential
@@ -52,7 +53,7 @@ def build(
     parameters: dict[str, object] = {
         "kind": kind,
         "max_live": max_live,
-        "costs": dataclasses.asdict(costs),
+        "costs": json.loads(json.dumps(dataclasses.asdict(costs))),  # lists for tuples: as a schedule file gives it back
     }
     if kind == "sequential":
         order = sequential(placement, num_micro_batches=num_micro_batches, forward_only=forward_only)
