@@ -53,7 +53,7 @@ def build(
     parameters: dict[str, object] = {
         "kind": kind,
         "max_live": max_live,
-        "costs": json.loads(json.dumps(dataclasses.asdict(costs))),  # lists for tuples: as a schedule file gives it back
+        "costs": json.loads(json.dumps(dataclasses.asdict(costs))),  # as a schedule file gives it back
     }
     if kind == "sequential":
         order = sequential(placement, num_micro_batches=num_micro_batches, forward_only=forward_only)
