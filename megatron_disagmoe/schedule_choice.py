@@ -31,6 +31,7 @@ class ScheduleChoice:
         redispatch: ``--af-redispatch``.
         recompute_attention, recompute_ffn: which side ``--af-recompute`` names; builders make room for it.
         plan: ``--af-plan``; its stage times are what builders order by.
+        tail: forward time of the tail in attention stages, where there is no plan.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ScheduleChoice:
     recompute_attention: bool = False
     recompute_ffn: bool = False
     plan: str | None = None
+    tail: float = 0.0
 
     @property
     def redispatches(self) -> bool:
@@ -111,10 +113,10 @@ def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int,
 
     group_size = choice.group_size
     symmetric = placement.num_attention_groups == placement.num_ffn_groups
-    if group_size is None and choice.max_live is None and symmetric and choice.plan is None:
+    if group_size is None and choice.max_live is None and symmetric and choice.plan is None and not choice.tail:
         # Without measured times one round of the ring, communication counted as stages, is the size to take.
         group_size = 4 * placement.num_attention_groups
-    costs = _costs(choice, placement)
+    costs = stage_costs(choice, placement.num_layers)
     schedule = builders.build(
         _FORWARD_ONLY if choice.is_file else choice.name,
         placement,
@@ -131,8 +133,8 @@ def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int,
     return schedule
 
 
-def _costs(choice: ScheduleChoice, placement: Placement) -> StageCosts:
-    """What builders order by: the plan's stage times, else all stages alike.
+def stage_costs(choice: ScheduleChoice, num_layers: int) -> StageCosts:
+    """What builders order by: the plan's stage times, else all stages alike but the tail.
 
     Raises:
         ValueError: where the plan is for another number of layers, or cannot be read.
@@ -142,15 +144,16 @@ def _costs(choice: ScheduleChoice, placement: Placement) -> StageCosts:
     if choice.plan is None:
         return dataclasses.replace(
             builders.NOMINAL_COSTS,
+            tail=choice.tail,
             recompute_attention=float(choice.recompute_attention),
             recompute_ffn=float(choice.recompute_ffn),
         )
     from megatron_disagmoe.planner.plan_file import read_plan
 
     costs = read_plan(choice.plan).costs.stage_costs()
-    if costs.num_layers != placement.num_layers:
+    if costs.num_layers != num_layers:
         raise ValueError(
-            f"--af-plan {choice.plan} is for {costs.num_layers} MoE layers, but the model has {placement.num_layers}: "
+            f"--af-plan {choice.plan} is for {costs.num_layers} MoE layers, but the model has {num_layers}: "
             f"make one for it (disagmoe plan --model ...)"
         )
     return costs

@@ -7,7 +7,7 @@ import importlib.util
 
 from megatron_disagmoe.arguments.flags import FLAGS, given, settle
 from megatron_disagmoe.arguments.refusals import refused
-from megatron_disagmoe.arguments.sizes import ffn_node_size, layout, schedule_choice, topology
+from megatron_disagmoe.arguments.sizes import as_text, ffn_node_size, layout, schedule_choice, tail_weight, topology
 from megatron_disagmoe.schedule_choice import NAMES as SCHEDULES
 from megatron_disagmoe.schedule_choice import step_schedule
 from megatron_disagmoe.topology import Topology
@@ -68,7 +68,9 @@ def _sizes(args: argparse.Namespace, world_size: int) -> list[str]:
         num_layers = len(layout(args).moe_layers)
         if not num_layers:
             return [*errors, "--moe-layer-freq leaves no MoE layer: AF-pipe needs at least one"]
+        errors += _placing(args)
         sizes = topology(args, world_size)
+        args.af_place_layers = as_text(sizes.placement)  # from here on, and in checkpoints, it is spelled out
         ffn_node_size(args, sizes)
     except ValueError as error:
         return [*errors, str(error)]
@@ -80,6 +82,25 @@ def _sizes(args: argparse.Namespace, world_size: int) -> list[str]:
         )
     errors += _batches(args, sizes)
     return errors or _schedule(args, sizes)
+
+
+def _placing(args: argparse.Namespace) -> list[str]:
+    """What is wrong with how layers are to be placed. Works the weight of the tail out once, for all ranks alike.
+
+    Raises:
+        ValueError: where the weight cannot be worked out.
+    """
+    choice, way, weight = schedule_choice(args), args.af_place_layers, args.af_tail_weight
+    if choice.is_file:
+        known = ("in-turn", as_text(choice.placement()))
+        more = [("--af-place-layers", way)] if way not in known else []
+        more += [("--af-tail-weight", weight)] if weight is not None else []
+        return [f"--af-schedule {choice.name} has placed the layers, {flag} {value}: drop one" for flag, value in more]
+    if args.af_plan is not None and weight is not None:
+        return [f"--af-plan {args.af_plan} has the tail's time, --af-tail-weight {weight} cannot change it: drop one"]
+    if way == "balanced" and args.af_plan is None and weight is None:
+        args.af_tail_weight = tail_weight(args)
+    return []
 
 
 def _batch_sizes(args: argparse.Namespace) -> list[tuple[str, int]]:

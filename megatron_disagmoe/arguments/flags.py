@@ -63,6 +63,19 @@ FLAGS = (
         "interleaved-1f1b",
         f"{' | '.join(SCHEDULES)} | a schedule file, which also says which group holds which layer",
     ),
+    Flag(
+        "--af-place-layers",
+        str,
+        "in-turn",
+        "which attention group holds which layer: in-turn | balanced (fewer where the output layer is) | the group of "
+        "every MoE layer and, last, of the output layer, as in 0,1,0,1,1 or (0,1)*2,1; after a slash FFN groups",
+    ),
+    Flag(
+        "--af-tail-weight",
+        float,
+        None,
+        "forward time of output layer and loss in attention stages (default: a plan's; for balanced by FLOPs; else 0)",
+    ),
     Flag("--af-micro-batch-group-size", int, None, "G (default: from the cost model)"),
     Flag("--af-max-live-micro-batches", int, None, "most activations alive on a group (default: any number)"),
     Flag("--af-recompute", str, "none", "stages that keep their input alone and run again in backward", RECOMPUTE),

@@ -1,9 +1,70 @@
-"""Which group holds which layers where stages are not alike: fewer on the group that also has a long tail."""
+"""Which group holds which layers where stages are not alike: fewer on the group that also has a long tail.
+
+A placement as text lists the attention group of every stage A(0) .. A(L), the tail last, and after a slash the FFN
+group of every F(0) .. F(L-1), which may be left out where they go in turn: ``0,1,0,1,1/0,1,0,1``. ``(0,1)*2,1`` is
+short for ``0,1,0,1,1``.
+"""
 
 from __future__ import annotations
 
+import re
+
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.simulator.costs import StageCosts
+
+#: Ways to place layers that have a name.
+WAYS = ("in-turn", "balanced")
+
+
+def placed(
+    way: str, *, num_layers: int, num_attention_groups: int, num_ffn_groups: int, costs: StageCosts
+) -> Placement:
+    """The placement that ``way`` asks for: one of ``WAYS``, or a placement as text.
+
+    Args:
+        costs: what ``balanced`` balances.
+
+    Raises:
+        ValueError: where the text is none, or is for other sizes; with both.
+    """
+    if way == "balanced":
+        return balanced_placement(num_layers, num_attention_groups, num_ffn_groups, costs)
+    plain = Placement.round_robin(
+        num_layers=num_layers, num_attention_groups=num_attention_groups, num_ffn_groups=num_ffn_groups
+    )
+    if way == "in-turn":
+        return plain
+    attention, slash, ffn = way.partition("/")
+    stages = _numbers(attention)
+    if len(stages) != num_layers + 1:
+        raise ValueError(
+            f"{way!r} places {len(stages)} attention stages, but {num_layers} MoE layers have {num_layers + 1}, the "
+            f"tail with the loss included: list that many groups"
+        )
+    experts = _numbers(ffn) if slash else list(plain.ffn)
+    if len(experts) != num_layers:
+        raise ValueError(
+            f"{way!r} places {len(experts)} FFN stages, but there are {num_layers} MoE layers: list as many"
+        )
+    return Placement(num_attention_groups, num_ffn_groups, tuple(stages), tuple(experts))
+
+
+def to_text(placement: Placement) -> str:
+    """The placement as text; ``placed`` reads it."""
+    return "/".join(",".join(map(str, groups)) for groups in (placement.attention, placement.ffn))
+
+
+def _numbers(text: str) -> list[int]:
+    """Group numbers with ``(...)*N`` written out."""
+    written_out = re.sub(
+        r"\(([\d,]+)\)\*(\d{1,4})", lambda found: ",".join([found[1]] * int(found[2])), text.replace(" ", "")
+    )
+    if not re.fullmatch(r"\d+(,\d+)*", written_out):
+        raise ValueError(
+            f"{text!r} is no list of groups: name {' or '.join(WAYS)}, or write the group of every attention stage, "
+            f"the tail last, as in 0,1,0,1,1 or (0,1)*2,1 (FFN stages after a slash)"
+        )
+    return [int(number) for number in written_out.split(",")]
 
 
 def balanced_placement(

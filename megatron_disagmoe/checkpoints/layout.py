@@ -19,6 +19,7 @@ class Layout:
         tensor_parallel: TP.
         pipeline_parallel: Megatron's own PP.
         expert_parallel: EP; with AF-pipe this only names an initialisation, so it is left at 1.
+        layers: who holds which (``--af-place-layers``); older checkpoints do not say, and mean in turn.
     """
 
     attention_groups: int
@@ -29,6 +30,7 @@ class Layout:
     tensor_parallel: int
     pipeline_parallel: int
     expert_parallel: int
+    layers: str = "in-turn"
 
     @classmethod
     def of(cls, args: Any) -> Layout:
@@ -38,8 +40,10 @@ class Layout:
             return int(getattr(args, name, None) or 1)
 
         if not getattr(args, "af_pipe", False):
-            parallel = (size(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline", "expert"))
-            return cls(0, 0, 0, 0, size("world_size"), *parallel)
+            tensor, pipeline, expert = (
+                size(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline", "expert")
+            )
+            return cls(0, 0, 0, 0, size("world_size"), tensor, pipeline, expert)
         return cls(
             attention_groups=size("af_attention_groups"),
             ffn_groups=int(getattr(args, "af_ffn_groups", None) or size("af_attention_groups")),
@@ -49,11 +53,13 @@ class Layout:
             tensor_parallel=size("tensor_model_parallel_size"),
             pipeline_parallel=1,
             expert_parallel=1,
+            layers=getattr(args, "af_place_layers", None) or "in-turn",
         )
 
     def __str__(self) -> str:
         if self.attention_groups:
             sizes = f"p_A={self.attention_groups} p_F={self.ffn_groups} M={self.attention_ranks} N={self.ffn_ranks}"
+            sizes += f" layers {self.layers}" if self.layers != "in-turn" else ""
             return f"AF-pipe {sizes} on {self.world_size} ranks"
         sizes = f"TP={self.tensor_parallel} PP={self.pipeline_parallel} EP={self.expert_parallel}"
         return f"plain Megatron {sizes} on {self.world_size} ranks"

@@ -13,7 +13,7 @@ from rich.table import Table
 from megatron_disagmoe import builders
 from megatron_disagmoe.builders.frontier import Point, default_caps
 from megatron_disagmoe.builders.frontier import frontier as frontier_of
-from megatron_disagmoe.builders.placement import balanced_placement
+from megatron_disagmoe.builders.placement import placed
 from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.cli import costs as cost_flags
 from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit, err_console
@@ -234,16 +234,15 @@ def _show_verdict(report: Report, console: Console) -> None:
 
 
 def _placement(layers: int, attention_groups: int, ffn_groups: int, way: str, costs: StageCosts) -> Placement:
-    if way not in ("round-robin", "balanced"):
-        raise ValueError(f"--place-layers {way}: choose round-robin or balanced")
+    if way == "round-robin":
+        way = "in-turn"
     try:
-        if way == "balanced":
-            return balanced_placement(layers, attention_groups, ffn_groups, costs)
-        return Placement.round_robin(
-            num_layers=layers, num_attention_groups=attention_groups, num_ffn_groups=ffn_groups
+        return placed(
+            way, num_layers=layers, num_attention_groups=attention_groups, num_ffn_groups=ffn_groups, costs=costs
         )
     except ValueError as error:
-        raise ValueError(str(error).replace("--af-", "--")) from error
+        text = str(error).replace("--af-", "--")
+        raise ValueError(text if text.startswith("--") else f"--place-layers {text}") from error
 
 
 def _kind(kind: str | None, *, split_backward: bool) -> str:

@@ -31,6 +31,9 @@ def _topologies() -> dict[str, Case]:
         "a2-f3": Case(attention_groups=2, ffn_groups=3, layers=5, steps=10),
         "tail-apart": Case(schedule="sequential", steps=10, placement=Placement(3, 2, (0, 1, 0, 1, 2), (0, 0, 1, 1))),
         "blocks": Case(schedule="sequential", steps=10, placement=Placement(2, 2, (1, 1, 0, 0, 1), (1, 0, 0, 1))),
+        "balanced": Case(
+            attention_groups=2, steps=10, af_extra=_split("--af-place-layers balanced --af-tail-weight 2")
+        ),  # A(0) and the tail on one group, A(1) to A(3) on the other
         "dense-around": Case(attention_groups=2, layers=5, steps=10, extra=_split("--moe-layer-freq [0,1,0,1,0]")),
     }
 

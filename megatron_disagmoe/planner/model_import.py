@@ -181,7 +181,15 @@ def model_from_megatron(argv: Sequence[str], *, name: str, source: str = "Megatr
     Raises:
         ValueError: a flag is missing or wrong, or the model has no experts.
     """
-    flags = parse_flags(argv)
+    return model_from_values(parse_flags(argv), name=name, source=source)
+
+
+def model_from_values(flags: Mapping[str, Any], *, name: str, source: str = "Megatron flags") -> ModelSpec:
+    """A model from Megatron's flags by their names in its namespace (``num_layers``, ...); None is not given.
+
+    Raises:
+        ValueError: a flag is missing or wrong, or the model has no experts.
+    """
     f = _Fields({f"--{key.replace('_', '-')}": value for key, value in flags.items()}, source)
     num_layers = f.need_int("--num-layers")
     hidden = f.need_int("--hidden-size")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megatron_disagmoe.builders.placement import placed
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import Allocation, DispatchMode, Job, NodeLayout, ScheduleKind
 from megatron_disagmoe.planner.files import (
@@ -252,11 +253,17 @@ class PlanFile(Strict):
         )
 
     def placement(self, num_layers: int) -> Placement:
-        """Which group holds which stage."""
-        return Placement.round_robin(
+        """Which group holds which stage: in turn, or as the flag ``--af-place-layers`` says.
+
+        Raises:
+            ValueError: the flag is for other sizes.
+        """
+        return placed(
+            str(self.flags.get("--af-place-layers", "in-turn")),
             num_layers=num_layers,
             num_attention_groups=self.sizes.attention_groups,
             num_ffn_groups=self.sizes.ffn_groups,
+            costs=self.costs.stage_costs(),
         )
 
 

@@ -114,6 +114,12 @@ def test_good_input(words: str, world_size: int, megatron: dict[str, Any]) -> No
         ("--af-pipe --af-schedule best", 2, {}, [r"--af-schedule 'best' is neither one of .*sequential nor a file"]),
         ("--af-pipe --af-recompute all", 2, {}, [r"--af-recompute 'all': choose from none, attention, ffn, both"]),
         ("--af-pipe --af-wire-dtype fp4", 2, {}, [r"--af-wire-dtype 'fp4': choose from same, bf16, fp8"]),
+        # layers
+        ("--af-pipe --af-place-layers evenly", 2, {}, [r"--af-place-layers 'evenly' is no list of groups"]),
+        ("--af-pipe --af-place-layers 0,0", 2, {}, [r"--af-place-layers '0,0' places 2 attention stages, but 4 MoE"]),
+        ("--af-pipe --af-place-layers 0,1,0,1,0", 2, {}, [r"--af-place-layers attention group 1 does not exist"]),
+        ("--af-pipe --af-attention-groups 2 --af-place-layers (0)*5", 4, {}, [r"group A1 holds no stage of 4 MoE"]),
+        ("--af-pipe --af-tail-weight -1", 2, {}, [r"--af-tail-weight must be positive and finite, got -1.0"]),
         # features
         (
             "--af-pipe --af-schedule split-backward",
@@ -169,6 +175,8 @@ def test_schedule_file_says_the_groups(tmp_path: Path) -> None:
         ("--af-attention-groups 2", {}, "has 1 such groups, but --af-attention-groups 2: drop it"),
         ("--af-micro-batch-group-size 4", {}, "is a finished schedule, --af-micro-batch-group-size 4 cannot change it"),
         ("--af-max-live-micro-batches 4", {}, "is a finished schedule, --af-max-live-micro-batches 4 cannot change it"),
+        ("--af-place-layers balanced", {}, "has placed the layers, --af-place-layers balanced: drop one"),
+        ("--af-tail-weight 2", {}, "has placed the layers, --af-tail-weight 2.0: drop one"),
         ("", {"num_layers": 5}, "is for 4 MoE layers, but the model has 5"),
         ("", {"global_batch_size": 64}, "is for 16 micro-batches, but a step of this run has 32"),
         ("", {"step_batch_size_schedule": "0:8 100:16"}, "is for one number of micro-batches"),
@@ -178,6 +186,32 @@ def test_schedule_file_that_does_not_fit(tmp_path: Path, words: str, megatron: d
     path = schedule_file(tmp_path / "s.txt", num_layers=4, groups=(1, 2), num_micro_batches=16)
     (error,) = errors(f"--af-pipe --af-schedule {path} {words}", world_size=3, **megatron)
     assert message in error
+
+
+def test_layers_are_placed_as_asked() -> None:
+    args = parsed("--af-pipe --af-attention-groups 2 --af-place-layers balanced --af-tail-weight 2")
+    assert arguments.check(args, 4) == []
+    assert arguments.topology(args, 4).placement.attention == (0, 1, 1, 1, 0)
+    assert args.af_place_layers == "0,1,1,1,0/0,1,0,1"
+    assert arguments.check(args, 4) == []  # once more, spelled out
+    listed = parsed("--af-pipe --af-attention-groups 2 --af-place-layers (0,1)*2,1/(1,0)*2")
+    assert arguments.check(listed, 4) == []
+    assert arguments.placement(listed) == Placement(2, 2, (0, 1, 0, 1, 1), (1, 0, 1, 0))
+
+
+def test_the_tail_is_weighed_by_flops() -> None:
+    """Attention of 2 h (3 h + h) + 2 (s + 1) h and router 2 h E, against an output layer of 2 h V."""
+    model = {"position_embedding_type": "rope", "vocab_size": 1000, "padded_vocab_size": 1024, "ffn_hidden_size": 64}
+    args = parsed("--af-pipe --af-attention-groups 2 --af-place-layers balanced", **model)
+    assert arguments.check(args, 4) == []
+    assert args.af_tail_weight == pytest.approx(2 * 64 * 1024 / (8 * 64**2 + 2 * 33 * 64 + 2 * 64 * 8))
+    assert arguments.placement(args).attention == (0, 1, 1, 1, 0)
+
+
+def test_a_tail_that_cannot_be_weighed() -> None:
+    words = "--af-pipe --af-attention-groups 2 --af-place-layers balanced"
+    (error,) = errors(words, world_size=4, position_embedding_type="rope")
+    assert re.search(r"balanced weighs the output layer .*--vocab-size: missing: add it, or .* --af-tail-weight", error)
 
 
 def test_schedule_file_that_is_not_safe(tmp_path: Path) -> None:
@@ -199,6 +233,8 @@ def test_what_is_left_open_gets_its_default(monkeypatch: pytest.MonkeyPatch) -> 
         "af_attention_ranks": 1,
         "af_ffn_ranks": 1,
         "af_schedule": "interleaved-1f1b",
+        "af_place_layers": "in-turn",
+        "af_tail_weight": None,
         "af_micro_batch_group_size": None,
         "af_max_live_micro_batches": None,
         "af_recompute": "none",

@@ -33,6 +33,7 @@ def layout(base: Mapping[str, object], **changes: object) -> Layout:
         {"af_attention_ranks": 2},
         {"af_ffn_ranks": 1},
         {"world_size": 12},
+        {"af_place_layers": "0,1,1"},
         {"tensor_model_parallel_size": 2},
         {"af_pipe": False},
     ],
@@ -43,6 +44,7 @@ def test_every_size_counts(change: dict[str, object]) -> None:
 
 def test_what_says_the_same() -> None:
     assert layout(AF, af_ffn_groups=2) == layout(AF)
+    assert layout(AF, af_place_layers="in-turn") == layout(AF)
     # With AF-pipe it only names the initial weights, and which schedule ran does not matter.
     assert layout(AF, expert_model_parallel_size=2, af_schedule="sequential") == layout(AF)
 

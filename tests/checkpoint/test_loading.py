@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ from tests.checkpoint.runs import SAVED, Runs, case
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="trains in forked ranks, which cannot use CUDA")
 
 ONE, TWO = case("1 1 1 1"), case("1 2 1 1")  # what plain Megatron trains on one rank, and on two
-PIPE, APART = case("2 1 1 1"), case("1 2 2 1")
+# Layers not in turn, which would be 0,1,0: the output layer is beside the second layer.
+PIPE = replace(case("2 1 1 1"), af_extra=("--af-place-layers", "0,1,1"))
+APART = case("1 2 2 1")
 WEIGHTS_ALONE = ("--no-load-optim", "--no-load-rng")
-MIXED = "--moe-layer-freq [0,1,1] --moe-shared-expert-intermediate-size 64 --untie-embeddings-and-output-weights"
+MIXED = "--moe-layer-freq [0,1,1,1,1] --moe-shared-expert-intermediate-size 64 --untie-embeddings-and-output-weights"
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +88,11 @@ def others(runs: Runs) -> dict[str, Result]:
     more.vanilla("evaluated: EP=1", ONE, *more.loading("EP=1"), "--skip-train")
     more.af_pipe("evaluated: p=2 from EP=1", PIPE, *more.loading("EP=1"), "--skip-train")
 
-    mixed = case("1 1 1 1", MIXED, layers=3)
+    mixed = case("1 1 1 1", MIXED, layers=5)
     more.vanilla("mixed", mixed, *more.saving("mixed"))
-    mixed_pipe = case("2 1 1 1", MIXED, layers=3)
-    more.af_pipe("mixed: p=2", mixed_pipe, *more.loading("mixed"), *more.saving("mixed: p=2"))
+    mixed_pipe = case("2 1 1 1", MIXED, layers=5)
+    balanced = ("--af-place-layers", "balanced", "--af-tail-weight", "2")  # one MoE layer beside the tail, three apart
+    more.af_pipe("mixed: p=2", mixed_pipe, *more.loading("mixed"), *more.saving("mixed: p=2"), *balanced)
 
     bf16 = case("1 1 1 1", "--use-distributed-optimizer", dtype="bf16")
     more.vanilla("dp_reshardable", bf16, *more.saving("dp_reshardable"))

@@ -40,7 +40,7 @@ def test_topologies(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(240)
 def test_layers_that_do_not_divide(tmp_path: Path) -> None:
-    for result in compared(tmp_path, "ragged", "dense-first", "p2-dense-first", "tail-apart").values():
+    for result in compared(tmp_path, "ragged", "dense-first", "p2-dense-first", "tail-apart", "balanced").values():
         assert len(result.af_pipe) >= 10
 
 
