@@ -117,7 +117,7 @@ def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int,
         # Without measured times one round of the ring, communication counted as stages, is the size to take.
         group_size = 4 * placement.num_attention_groups
     costs = stage_costs(choice, placement.num_layers)
-    schedule = builders.build(
+    return builders.build(
         _FORWARD_ONLY if choice.is_file else choice.name,
         placement,
         num_micro_batches=num_micro_batches,
@@ -125,12 +125,8 @@ def _built(choice: ScheduleChoice, placement: Placement, num_micro_batches: int,
         group_size=group_size,
         max_live=None if forward_only else choice.max_live,
         forward_only=forward_only,
+        redispatch=choice.redispatch and not forward_only,
     )
-    if choice.redispatch and not forward_only:
-        from megatron_disagmoe.builders.redispatch import redispatching
-
-        schedule = redispatching(schedule, costs)
-    return schedule
 
 
 def stage_costs(choice: ScheduleChoice, num_layers: int) -> StageCosts:

@@ -12,8 +12,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from megatron_disagmoe.builders.beam import beamed
 from megatron_disagmoe.builders.interleaved import Shape
 from megatron_disagmoe.builders.paced import paced
@@ -21,7 +19,7 @@ from megatron_disagmoe.builders.packed import packed
 from megatron_disagmoe.builders.search import LARGE, Search, Task, rings
 from megatron_disagmoe.builders.timetable import steps_of
 from megatron_disagmoe.builders.weights import filled, split_at_once
-from megatron_disagmoe.schedules.orders import Orders, group_of_stage
+from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.live_bound import hills
 from megatron_disagmoe.simulator.workload import Paths
 
@@ -74,7 +72,7 @@ def _consider(search: Search, made: Iterable[tuple[Orders, dict[str, object]]]) 
         else:
             search.consider(split_at_once(orders), made_by)
             with contextlib.suppress(ValueError):  # weight gradients that wait need room, and here is little
-                search.consider(filled(orders, task.costs, max_live=task.max_live), made_by)
+                search.consider(filled(orders, task.alone, max_live=task.max_live, redispatch=task.redispatch), made_by)
         if search.is_over:
             return
 
@@ -82,12 +80,9 @@ def _consider(search: Search, made: Iterable[tuple[Orders, dict[str, object]]]) 
 def _shapes(search: Search, group_size: int | None) -> None:
     """Members of the interleaved family, from groups as large as the cap allows on downwards."""
     task = search.task
-    assert task.max_live is not None, "there is a cap"
-    stages = int(np.bincount(group_of_stage(task.placement)).max())
-    largest = min(task.num_micro_batches, math.ceil(task.max_live / max(stages - 1, 1)))
     for ring in rings(task):
         best: tuple[float, Shape] | None = None
-        for size in [group_size] if group_size else range(largest, 0, -1):
+        for size in [group_size] if group_size else range(_largest(task, ring), 0, -1):
             shapes = [Shape(ring, size, slope, extra=1) for slope in _SLOPES]
             value, shape = min(((search.shape(shape), shape) for shape in shapes), key=lambda one: one[0])
             if search.is_over or (best is not None and value > _WORSE * best[0]):
@@ -96,6 +91,19 @@ def _shapes(search: Search, group_size: int | None) -> None:
                 best = value, shape
         if best is not None:
             search.descend(best[1], lambda shape: _around(shape, group_size))
+
+
+def _largest(task: Task, ring: int) -> int:
+    """The largest groups that may keep within the cap: sizes that cannot cost a run each, and all the effort at last.
+
+    A worker of the ring holds (v - 1) G and more, with v stages; a real group has those of several workers.
+    """
+    assert task.max_live is not None, "there is a cap"
+    p = min(task.placement.num_attention_groups, task.placement.num_ffn_groups)
+    workers, stages = max(1, ring // p), -(-task.placement.num_layers // ring)
+    way = _SLOPES[-1] * (2 * ring - 1 if workers == 1 else 0)
+    room = task.max_live - workers * way - 1
+    return max(1, min(task.num_micro_batches, math.floor(room / (workers * max(stages - 1, 1)))))
 
 
 def _around(shape: Shape, group_size: int | None) -> Iterator[list[Shape]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.builders.search import Task, least_live
 from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.builders.strategies import best_order
@@ -27,6 +28,7 @@ def build(
     group_size: int | None = None,
     max_live: int | None = None,
     forward_only: bool = False,
+    redispatch: bool = False,
 ) -> Schedule:
     """A schedule of compute actions; the same arguments give the same schedule everywhere.
 
@@ -35,6 +37,7 @@ def build(
         costs: what the order is made for; any unit.
         group_size: micro-batches that go round the ring together, G; chosen from ``costs`` where None.
         max_live: cap on the activations alive on any group.
+        redispatch: dispatch every FFN stage's tokens once more before its backward. The order is the best with that.
 
     Raises:
         ValueError: for an unknown kind, sizes below 1, or a cap that no order can meet; it names the least cap.
@@ -55,9 +58,12 @@ def build(
         "max_live": max_live,
         "costs": json.loads(json.dumps(dataclasses.asdict(costs))),  # as a schedule file gives it back
     }
+    if redispatch:
+        parameters["redispatch"] = True
     if kind == "sequential":
         order = sequential(placement, num_micro_batches=num_micro_batches, forward_only=forward_only)
-        return dataclasses.replace(order, parameters=parameters)
+        order = dataclasses.replace(order, parameters=parameters)
+        return redispatching(order, costs) if redispatch else order
     task = Task(
         placement=placement,
         num_micro_batches=num_micro_batches,
@@ -65,6 +71,8 @@ def build(
         forward_only=forward_only,
         split=kind == "split-backward" and not forward_only,
         max_live=max_live,
+        redispatch=redispatch and not forward_only,
     )
     found = best_order(task, group_size=group_size)
-    return in_micro_batch_order(found.orders).schedule({**parameters, **found.made_by})
+    schedule = in_micro_batch_order(found.orders).schedule({**parameters, **found.made_by})
+    return redispatching(schedule, costs) if task.redispatch else schedule

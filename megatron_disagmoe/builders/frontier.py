@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_disagmoe.builders.front import build
-from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.builders.search import least_live
 from megatron_disagmoe.schedules.actions import Placement, Schedule, Side
 from megatron_disagmoe.schedules.liveness import peak_live
@@ -79,9 +78,14 @@ def frontier(
         changed = _costs(costs, lever)
         best: Point | None = None
         for cap in sorted(caps):
-            schedule = build(kind, placement, num_micro_batches=num_micro_batches, costs=changed, max_live=cap)
-            if lever == REDISPATCH:
-                schedule = redispatching(schedule, changed)
+            schedule = build(
+                kind,
+                placement,
+                num_micro_batches=num_micro_batches,
+                costs=changed,
+                max_live=cap,
+                redispatch=lever == REDISPATCH,
+            )
             point = _point(schedule, changed, lever, cap)
             if best is not None and best.makespan <= point.makespan:  # what keeps a lower cap keeps this one too
                 point = dataclasses.replace(best, max_live=cap, bound=min(point.bound, best.makespan))

@@ -22,10 +22,13 @@ from megatron_disagmoe.simulator.simulate import durations, transfers_of
 class Listing:
     """The actions of ``orders``, whose order is only kept where ``chained``; run under as many priorities as you like.
 
-    ``chained[k]``: action k must not start before action k - 1 of the same group has.
+    ``chained[k]``: action k must not start before action k - 1 of the same group has. ``redispatch``: FFN stages keep
+    nothing from forward to backward, so they take no place.
     """
 
-    def __init__(self, orders: Orders, costs: StageCosts, *, chained: Bools | None = None) -> None:
+    def __init__(
+        self, orders: Orders, costs: StageCosts, *, chained: Bools | None = None, redispatch: bool = False
+    ) -> None:
         self.orders = orders
         count, groups = len(orders), len(orders.bounds) - 1
         group = orders.group
@@ -49,8 +52,9 @@ class Listing:
         none = np.full(orders.num_micro_batches, -1, np.int64)
         self._first = np.concatenate((2 * groups + group, transfers.sender, none))
         self._second = np.concatenate((np.full(count, -1, np.int64), groups + transfers.receiver, none))
-        gives = (orders.kind == B) | (orders.kind == W)
-        self._takes = _padded(np.where(orders.kind == F, group, -1), rest, -1)
+        kept = ~((orders.stage % 2 == 1) & redispatch)
+        gives = ((orders.kind == B) | (orders.kind == W)) & kept
+        self._takes = _padded(np.where((orders.kind == F) & kept, group, -1), rest, -1)
         self._gives = _padded(np.where(gives, group, -1), rest, -1)
         self._micro_batch = _padded(orders.micro_batch, rest, 0)
         self._num_stages = np.bincount(group_of_stage(orders.placement), minlength=groups)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numba import njit
 
+from megatron_disagmoe.builders.centred import Outward, centred
 from megatron_disagmoe.builders.timetable import NEVER, Steps, circle, give_back, most_alive, place, steps_of
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.orders import B, F, Ints, Orders, sorted_orders
@@ -31,6 +32,8 @@ _MEMBERS = 4
 _LONGEST, _STEP = 1.6, 1.006
 #: Distances between the micro-batches of one period, as shares of it, beside those that the stages suggest.
 _SHARES = np.linspace(0.02, 0.5, 13)
+#: Timetables laid from the middle outwards: tries for each period, such timetables at most, steps that all may place.
+_TRIES, _CENTRES, _CENTRED = 400, 3, 12_000_000
 #: Steps that a search may place, that filling in at the ends of all timetables may, and to try one more filling.
 _EFFORT, _FILLING, _TRY = 6_000_000, 12_000_000, 300_000
 #: What it costs to note a step that is planned already, in steps placed.
@@ -101,9 +104,17 @@ def timetables(paths: Paths, steps: Steps, max_live: int) -> list[Timetable]:
     n, alone = paths.workload.num_micro_batches, int(steps.alone[-1] + steps.duration[-1])
     found: list[Timetable] = []
     effort, best, laps = _EFFORT, NEVER, _laps(steps)
+    outward, trying, centres = Outward.of(steps), _CENTRED, 0
     for period in _periods(paths, steps, laps, max_live):
         if effort <= 0 or (n - 1) * period + alone >= best:
             break
+        if trying > 0 and centres < _CENTRES:
+            trying -= _TRIES * len(steps.duration)
+            times = centred(steps, outward, period, max_live, _TRIES)
+            if times is not None:
+                end = int(times[-1] + steps.duration[-1]) + (n - 1) * period
+                found.append(Timetable(times[None, :], np.zeros(1, np.int64), period, end))
+                best, centres = min(best, end), centres + 1
         for members in range(1, min(_MEMBERS, n) + 1):
             for apart in _distances(steps, laps, members * period) if members > 1 else [0]:
                 effort -= members * len(steps.duration)
@@ -118,7 +129,7 @@ def _timetable(steps: Steps, releases: Ints, period: int, n: int, max_live: int)
     times, fits = circle(releases, period, steps.num_groups, steps.busiest, *steps.needs)
     if not fits:
         return None
-    if most_alive(times, period, steps.num_groups, steps.group, steps.duration, steps.compute) > max_live:
+    if most_alive(times, period, steps.num_groups, steps.keeps, steps.duration, steps.compute) > max_live:
         return None
     laps = (n - 1 - np.arange(len(releases))) // len(releases)
     ends = times[:, -1] + steps.duration[-1] + laps * period
@@ -193,7 +204,7 @@ def _filled(
             NEVER,
             0,
             max_live,
-            steps.group,
+            steps.keeps,
             steps.compute,
             steps.duration,
             steps.first,
@@ -234,9 +245,10 @@ def taken_by(plan: Ints, steps: Steps, *, room: int) -> Taken:
     starts = np.concatenate([plan[:, step].ravel() for _, step in uses])
     ends = starts + np.concatenate([np.tile(steps.duration[step], len(plan)) for _, step in uses])
     count = np.bincount(resource, minlength=3 * steps.num_groups)
-    groups = np.tile(steps.group, len(plan))
-    born = plan[:, steps.compute[: len(steps.group)]].ravel()
-    last = steps.compute[: len(steps.group) - 1 : -1]
+    kept = np.flatnonzero(steps.keeps >= 0)
+    groups = np.tile(steps.keeps[kept], len(plan))
+    born = plan[:, steps.compute[kept]].ravel()
+    last = steps.compute[2 * len(steps.group) - 1 - kept]
     dead = np.maximum((plan[:, last] + steps.duration[last]).ravel(), born + 1)
     lives = np.bincount(groups, minlength=steps.num_groups)
     return Taken(
@@ -307,6 +319,8 @@ def _live(born: Ints, dead: Ints, lives: Ints, group: Ints, compute: Ints, durat
     stages = len(group)
     for stage in range(stages):
         mine, last = group[stage], compute[2 * stages - 1 - stage]
+        if mine < 0:
+            continue
         begins = times[compute[stage]]
         for row, moment in ((born[mine], begins), (dead[mine], max(times[last] + duration[last], begins + 1))):
             at = lives[mine]
@@ -333,6 +347,8 @@ def _fits_the_cap(
     stages = len(by_group)
     for mine in range(len(lives)):
         own_stages = by_group[bounds[mine] : bounds[mine + 1]]
+        if len(own_stages) == 0:
+            continue
         low, high = NEVER, -NEVER
         for stage in own_stages:
             last = compute[2 * stages - 1 - stage]

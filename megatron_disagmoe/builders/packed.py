@@ -53,7 +53,7 @@ def packed(workload: Workload, max_live: int) -> Iterator[tuple[Orders, dict[str
             int(patience * alone),
             int(share * pace),
             max_live,
-            steps.group,
+            steps.keeps,
             steps.compute,
             steps.duration,
             steps.first,

@@ -15,10 +15,11 @@ import numpy as np
 from megatron_disagmoe.builders.folding import folded
 from megatron_disagmoe.builders.interleaved import Shape, interleaved, padded
 from megatron_disagmoe.builders.listing import Listing
+from megatron_disagmoe.builders.redispatch import all_again, dispatched_again
 from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.builders.weights import filled, split_at_once
 from megatron_disagmoe.schedules.actions import Placement
-from megatron_disagmoe.schedules.orders import B, F, Orders, W, group_of_stage
+from megatron_disagmoe.schedules.orders import B, F, I, Orders, W, group_of_stage
 from megatron_disagmoe.simulator.bounds import Workload
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.engine import Floats
@@ -47,6 +48,12 @@ class Task:
     forward_only: bool
     split: bool
     max_live: int | None
+    redispatch: bool = False
+
+    @property
+    def alone(self) -> StageCosts:
+        """Costs of an order before its second dispatches are put in."""
+        return all_again(self.costs) if self.redispatch else self.costs
 
     @property
     def bound(self) -> float:
@@ -62,16 +69,21 @@ class Task:
             num_micro_batches=self.num_micro_batches,
             forward_only=self.forward_only,
             split_backward=self.split,
+            redispatch=self.redispatch,
         )
 
 
 @dataclass(frozen=True)
 class Found:
-    """An order on the real groups, its simulated run, and how it was made."""
+    """An order on the real groups, its simulated run, and how it was made.
+
+    ``makespan``: with second dispatches where the task has them; ``run`` is without.
+    """
 
     run: Run
     live: int
     made_by: dict[str, object]
+    makespan: float
 
     @property
     def orders(self) -> Orders:
@@ -79,13 +91,19 @@ class Found:
         return self.run.orders
 
 
-def most_live(orders: Orders) -> int:
-    """The most activations that a group holds at once."""
+def most_live(orders: Orders, *, redispatch: bool = False) -> int:
+    """The most activations that a group holds at once.
+
+    ``redispatch``: FFN stages hold theirs while they compute only, and between ``I`` and ``W``.
+    """
     if orders.forward_only:
         return 1
-    change = (orders.kind == F).astype(np.int64) - ((orders.kind == B) | (orders.kind == W))
-    held = np.concatenate(([0], np.cumsum(change)))  # every group ends at 0
-    return int(held.max())
+    kept = ~((orders.stage % 2 == 1) & redispatch)
+    begins = ((orders.kind == F) & kept) | ((orders.kind == I) & ~kept)
+    ends = ((orders.kind == B) & kept) | (orders.kind == W)
+    held = np.concatenate(([0], np.cumsum(begins.astype(np.int64) - ends)))  # every group ends at 0
+    passing = ~kept & ((orders.kind == F) | (orders.kind == B))
+    return int(max(held.max(), (held[:-1] + passing).max(initial=0)))
 
 
 class Search:
@@ -106,11 +124,11 @@ class Search:
     @property
     def is_over(self) -> bool:
         """Nothing (much) is left to find, or the effort is spent."""
-        return self.is_spent or (self.best is not None and self.best.run.makespan <= self.bound * (1 + _CLOSE))
+        return self.is_spent or (self.best is not None and self.best.makespan <= self.bound * (1 + _CLOSE))
 
     def value(self, found: Found) -> float:
         """What is to be small: time, and a little also memory."""
-        return found.run.makespan * (1 + 2 * _MEMORY * found.live / (4 * self.task.placement.num_layers))
+        return found.makespan * (1 + 2 * _MEMORY * found.live / (4 * self.task.placement.num_layers))
 
     def spend(self, orders: Orders, times: int = 1) -> None:
         """Count simulated runs of ``orders``."""
@@ -118,11 +136,17 @@ class Search:
 
     def consider(self, orders: Orders, made_by: dict[str, object]) -> Found | None:
         """Simulate an order on the real groups, keep it if it is the best; None where it breaks the cap."""
-        live = most_live(orders)
-        if self.task.max_live is not None and live > self.task.max_live:
+        task = self.task
+        live = most_live(orders, redispatch=task.redispatch)
+        if task.max_live is not None and live > task.max_live:
             return None
         self.spend(orders)
-        found = Found(simulate_orders(orders, self.task.costs), live, made_by)
+        run = simulate_orders(orders, task.alone)
+        makespan = run.makespan
+        if task.redispatch and (self.best is None or makespan < self.best.makespan):
+            self.spend(orders, 2)
+            makespan = dispatched_again(run, task.costs, quick=True).makespan
+        found = Found(run, live, made_by, makespan)
         if self.best is None or self.value(found) < self.value(self.best):
             self.best = found
         return found
@@ -135,7 +159,7 @@ class Search:
             return self._values[shape]
         self._values[shape] = math.inf
         real = None
-        for make in (interleaved, padded) if task.placement.num_layers % shape.ring else (interleaved,):
+        for make in self._makers(shape):
             with contextlib.suppress(ValueError):  # its groups wait for each other in a circle
                 real = self._real(make, shape)
                 break
@@ -144,8 +168,15 @@ class Search:
             self._values[shape] = self.value(found)
         return self._values[shape]
 
+    def _makers(self, shape: Shape) -> tuple[Callable[..., Orders], ...]:
+        """How to make a member of the family, what is likely to run first."""
+        if self.task.placement.num_layers % shape.ring == 0:
+            return (interleaved,)
+        # small groups, as a cap makes them, wait in a circle unless padded
+        return (interleaved, padded) if self.task.max_live is None else (padded, interleaved)
+
     def _real(self, make: Callable[..., Orders], shape: Shape) -> Orders | None:
-        """A member of the family on the real groups; None where it is hopeless.
+        """A member of the family on the real groups; None where it breaks the cap, or is hopeless.
 
         Raises:
             ValueError: where it cannot run.
@@ -157,14 +188,27 @@ class Search:
             num_micro_batches=task.num_micro_batches,
             forward_only=task.forward_only,
         )
+        if self._breaks_cap(orders):
+            return None
         if task.split:
             self.spend(orders, 3)
-            return filled(orders, task.costs, placement=task.placement, max_live=task.max_live)
+            return filled(
+                orders, task.alone, placement=task.placement, max_live=task.max_live, redispatch=task.redispatch
+            )
         self.spend(orders)
-        virtual = simulate_orders(orders, task.costs)
+        virtual = simulate_orders(orders, task.alone)
         if self.best is not None and virtual.makespan > _HOPELESS * self.best.run.makespan:
             return None
         return folded(virtual, task.placement)
+
+    def _breaks_cap(self, orders: Orders) -> bool:
+        """Whether an order on virtual groups is seen to break the cap without a run: real groups have the same work."""
+        placement, cap = self.task.placement, self.task.max_live
+        if cap is None or placement.ffn != orders.placement.ffn:
+            return False
+        return placement.attention[:-1] == orders.placement.attention[:-1] and (
+            most_live(orders, redispatch=self.task.redispatch) > cap
+        )
 
     def descend(self, shape: Shape, moves: Callable[[Shape], Iterator[list[Shape]]]) -> Shape:
         """From ``shape`` along one coordinate after the other, until none helps or the effort is spent."""
@@ -185,7 +229,7 @@ class Search:
 
         What is not urgent makes room for what is. Known from project scheduling as forward-backward improvement.
         """
-        listing = Listing(found.orders, self.task.costs)
+        listing = Listing(found.orders, self.task.alone, redispatch=self.task.redispatch)
         priority: Floats = found.run.start
         for count in range(passes):
             if self.is_over:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron_disagmoe.builders.capped import within_cap
 from megatron_disagmoe.builders.interleaved import Shape
+from megatron_disagmoe.builders.redispatch import dispatched_again
 from megatron_disagmoe.builders.search import LARGE, Found, Search, Task, least_live, one_by_one, rings
 from megatron_disagmoe.schedules.actions import Placement
 
@@ -26,11 +27,23 @@ def best_order(task: Task, *, group_size: int | None = None) -> Found:
     Without a cap, and where that is not much slower, one that keeps no more alive than a balanced ring would.
     """
     found = _search(task, group_size)
+    if task.redispatch:
+        found = _or_without_counting(task, found, group_size)
     lean = max(4 * task.placement.num_layers + 4 * max(rings(task)), least_live(task.placement))
     if task.max_live is not None or task.forward_only or found.live <= lean or len(found.orders) > LARGE:
         return found
     leaner = _search(replace(task, max_live=lean), group_size)
-    return leaner if leaner.run.makespan <= found.run.makespan * (1 + _ALIKE) else found
+    return leaner if leaner.makespan <= found.makespan * (1 + _ALIKE) else found
+
+
+def _or_without_counting(task: Task, found: Found, group_size: int | None) -> Found:
+    """The better of ``found`` and of the best order that is searched for as if nothing were dispatched again.
+
+    Second dispatches shake a search: with them one order is often better than another by chance.
+    """
+    other = _search(replace(task, redispatch=False, costs=task.alone), group_size)
+    both = [replace(each, makespan=dispatched_again(each.run, task.costs).makespan) for each in (found, other)]
+    return min(both, key=lambda each: each.makespan)
 
 
 def _search(task: Task, group_size: int | None) -> Found:

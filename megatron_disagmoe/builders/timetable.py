@@ -29,11 +29,13 @@ class Steps:
 
     ``first``, ``second``: the resources that a step takes, -1 for none. ``after``, ``also``: the steps it waits for, -1
     for none. ``compute``: the steps that compute: forward of every stage, then backward of the last stage and on down.
-    ``group``: of every stage. ``scale``: ticks in one unit of time.
+    ``group``: of every stage; ``keeps``: the same, -1 where nothing is kept from forward to backward, as it is
+    dispatched again. ``scale``: ticks in one unit of time.
     """
 
     num_groups: int
     group: Ints
+    keeps: Ints
     duration: Ints
     first: Ints
     second: Ints
@@ -72,9 +74,13 @@ class Steps:
 
 
 def steps_of(paths: Paths) -> Steps:
-    """The steps of one micro-batch; backward whole."""
-    groups, last = np.array(paths.groups, np.int64), paths.last
-    number = int(groups.max()) + 1
+    """The steps of one micro-batch; backward whole.
+
+    A second dispatch, where all micro-batches have it, leaves when the attention stage after it may begin its backward.
+    """
+    groups, last = paths.groups, paths.last
+    number = max(groups) + 1
+    dropped = [paths.workload.dropped(stage) == paths.workload.num_micro_batches for stage in range(last + 1)]
     rows: list[tuple[float, int, int, int, int]] = []
     compute: list[int] = []
 
@@ -83,9 +89,13 @@ def steps_of(paths: Paths) -> Steps:
         way = stages.step
         arrival: dict[int, list[int]] = {stages[0]: [begin]}
         for stage in stages:
+            if way < 0 and dropped[stage]:
+                arrival[stage].append(len(rows))
+                rows.append((paths.edge[stage - 1], number + groups[stage - 1], 2 * number + groups[stage], begin, -1))
+            begin = arrival[stage][0]
             waits = [*arrival[stage], -1]
             compute.append(len(rows))
-            rows.append((times[stage], int(groups[stage]), -1, waits[0], waits[1]))
+            rows.append((times[stage], groups[stage], -1, waits[0], waits[1]))
             for stride, time in ((1, paths.edge), (2, paths.lane)):
                 to = stage + stride * way
                 if not 0 <= to <= last:
@@ -94,7 +104,7 @@ def steps_of(paths: Paths) -> Steps:
                 if stride == 2 and length == 0:
                     continue
                 arrival.setdefault(to, []).append(len(rows))
-                rows.append((length, number + int(groups[stage]), 2 * number + int(groups[to]), compute[-1], -1))
+                rows.append((length, number + groups[stage], 2 * number + groups[to], compute[-1], -1))
 
     leg(range(last + 1), paths.forward, -1)
     both = [i + w for i, w in zip(paths.inputs, paths.weights, strict=True)]
@@ -103,7 +113,8 @@ def steps_of(paths: Paths) -> Steps:
     scale = ticks_per_unit(np.array(duration))
     return Steps(
         num_groups=number,
-        group=groups,
+        group=np.array(groups, np.int64),
+        keeps=np.where(dropped, -1, groups),
         duration=np.rint(np.array(duration) * scale).astype(np.int64),
         first=np.array(first, np.int64),
         second=np.array(second, np.int64),
@@ -115,7 +126,7 @@ def steps_of(paths: Paths) -> Steps:
 
 
 @njit(cache=True)
-def _fit(begin: Ints, end: Ints, count: int, period: int, ready: int, time: int) -> int:
+def fit(begin: Ints, end: Ints, count: int, period: int, ready: int, time: int) -> int:
     """First moment from ``ready`` on at which a resource is free for ``time``; -1 where it never is.
 
     ``begin[:count]``, ``end[:count]``: when it is taken, in order, all between 0 and ``period``.
@@ -245,14 +256,14 @@ def place(
         if also[step] >= 0:
             ready = max(ready, times[also[step]] + duration[also[step]])
         one, other = first[step], second[step]
-        t = _fit(begin[one], end[one], count[one], period, ready, duration[step])
+        t = fit(begin[one], end[one], count[one], period, ready, duration[step])
         while t >= 0 and other >= 0:
-            free = _fit(begin[other], end[other], count[other], period, t, duration[step])
+            free = fit(begin[other], end[other], count[other], period, t, duration[step])
             if free == t:
                 break
             t = -1
             if 0 <= free <= ready + period:
-                t = _fit(begin[one], end[one], count[one], period, free, duration[step])
+                t = fit(begin[one], end[one], count[one], period, free, duration[step])
         if t < 0 or t + duration[step] > latest:
             give_back(begin, end, count, period, duration, first, second, times, step)
             return False

@@ -12,7 +12,12 @@ from megatron_disagmoe.simulator.costs import StageCosts
 
 
 def filled(
-    orders: Orders, costs: StageCosts, *, placement: Placement | None = None, max_live: int | None = None
+    orders: Orders,
+    costs: StageCosts,
+    *,
+    placement: Placement | None = None,
+    max_live: int | None = None,
+    redispatch: bool = False,
 ) -> Orders:
     """``orders`` with ``I`` in the place of each ``B``, and its ``W`` as soon as the group has nothing else to do.
 
@@ -21,6 +26,7 @@ def filled(
     Args:
         placement: fold the result onto these groups; those of ``orders`` by default.
         max_live: hold forwards back until enough ``W`` are done.
+        redispatch: FFN stages keep nothing from forward to backward.
 
     Raises:
         ValueError: where ``orders`` cannot run, or not within ``max_live``.
@@ -44,11 +50,11 @@ def filled(
     group = both.group
     chained = np.zeros(len(both), np.bool_)
     chained[1:] = (group[1:] == group[:-1]) & (both.kind[1:] != W)
-    listing = Listing(both, costs, chained=chained)
+    listing = Listing(both, costs, chained=chained, redispatch=redispatch)
     started = listing.forward((both.kind == W).astype(np.float64), max_live=max_live, careful=False)
     if placement is None or placement == orders.placement:
         return listing.in_turn(started)
-    return filled(reordered(both, placement, started.turn), costs, max_live=max_live)
+    return filled(reordered(both, placement, started.turn), costs, max_live=max_live, redispatch=redispatch)
 
 
 def split_at_once(orders: Orders) -> Orders:

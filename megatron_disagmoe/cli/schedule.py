@@ -14,7 +14,6 @@ from megatron_disagmoe import builders
 from megatron_disagmoe.builders.frontier import Point, default_caps
 from megatron_disagmoe.builders.frontier import frontier as frontier_of
 from megatron_disagmoe.builders.placement import placed
-from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.cli import costs as cost_flags
 from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit, err_console
 from megatron_disagmoe.schedules.actions import Placement, Schedule
@@ -70,7 +69,11 @@ def build(
         bool, typer.Option("--redispatch", help="FFN groups drop what they get, and get it again.", show_default=False)
     ] = False,
     place_layers: Annotated[
-        str, typer.Option(help="round-robin, or balanced: fewer layers on the groups of a long tail and embedding.")
+        str,
+        typer.Option(
+            help="round-robin (in-turn); balanced: fewer layers on the groups of a long tail and embedding; or the group "
+            "of every attention stage, the tail last, as in 0,1,0,1,1."
+        ),
     ] = "round-robin",
     frontier: Annotated[
         bool,
@@ -120,10 +123,8 @@ def build(
                 group_size=group_size,
                 max_live=max_live,
                 forward_only=forward_only,
+                redispatch=redispatch,
             )
-            if redispatch:
-                schedule = redispatching(schedule, costs)
-                schedule.parameters["redispatch"] = True
             report = verify_schedule(schedule, max_live=max_live)
             result = {"out": str(out), "ok": report.ok, **_figures(report, costs, max_live), **schedule.parameters}
             save(schedule, outs.schedule)

@@ -13,7 +13,7 @@ from megatron_disagmoe.builders import beam, paced, packed
 def little_effort() -> Iterator[None]:
     """Every family of orders under a cap is tried, each with a tenth of its effort."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, names in ((beam, ("_EFFORT", "_WIDEST")), (paced, ("_EFFORT", "_FILLING")), (packed, ("_EFFORT",))):
-            for name in names:
+        for module in (beam, paced, packed):
+            for name in {"_EFFORT", "_WIDEST", "_FILLING", "_CENTRED"} & set(vars(module)):
                 patch.setattr(module, name, getattr(module, name) // 10)
         yield
