@@ -136,9 +136,7 @@ def run_emulated(
     for each in prepared:
         path = folder / f"{each.name}.txt"
         schedule = ensure_safe(each.ranked.schedule).schedule
-        # Times of single stages are tuples, which a schedule file has no form for.
-        plain = json.loads(json.dumps(schedule.parameters))
-        save(dataclasses.replace(schedule, parameters=plain), path)
+        save(schedule, path)
         cases.append({"name": each.name, "schedule": str(path), "costs": dataclasses.asdict(each.truth)})
     settings = {
         "unit_seconds": 1.0,

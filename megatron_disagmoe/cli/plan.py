@@ -26,7 +26,7 @@ from megatron_disagmoe.planner.allocation import Job
 from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.drift import drift as compare
 from megatron_disagmoe.planner.drift import new_plan, parse_mix
-from megatron_disagmoe.planner.explain import binding, reasons, uses
+from megatron_disagmoe.planner.explain import binding, explained, uses
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.plan_file import PlanFile, load_plan, save_plan
 from megatron_disagmoe.planner.plan_making import plan_of
@@ -117,16 +117,21 @@ def plan(
         if profile:
             from megatron_disagmoe.profiling.command import plan_by_trials
 
-            plan_by_trials(
-                request, out=out, cluster_out=cluster_out, trials=trials, radius=radius, as_json=as_json
-            )
+            try:
+                plan_by_trials(
+                    request, out=out, cluster_out=cluster_out, trials=trials, radius=radius, as_json=as_json
+                )
+            except RuntimeError as error:  # a trial failed
+                err_console.print(f"--profile: {error}", markup=False, highlight=False, soft_wrap=True)
+                raise typer.Exit(EXIT_DOES_NOT_HOLD) from None
             return
         with _progress() as report:
             outcome = make_plan(request, progress=report)
             if not outcome.ranked:
                 diagnosis = diagnose(request)
             else:
-                planned = plan_of(outcome.ranked[0], reasons=reasons(outcome.ranked[0], request) if why else ())
+                outcome, said = explained(outcome, progress=report) if why else (outcome, [])
+                planned = plan_of(outcome.ranked[0], reasons=said)
                 many = machines.num_gpus > _MANY_GPUS
                 asked = sensitivity if sensitivity is not None else not (as_json or many)
                 varied = vary(request) if asked else []

@@ -26,6 +26,7 @@ _CHOICES: dict[str, dict[str, Any]] = {
     "dispatch": {mode: mode for mode in Space().dispatch},
     "layout": {layout.value: layout for layout in LAYOUTS},
     "schedule": {kind: kind for kind in Space().schedules},
+    "place_layers": {way: way for way in Space().place_layers},
 }
 _FIELDS = {"recompute_ffn": "ffn_levers", "layout": "layouts", "schedule": "schedules"}
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypedDict
 
+from megatron_disagmoe.builders import NOMINAL_COSTS
+from megatron_disagmoe.builders.placement import placed
 from megatron_disagmoe.planner.activations import Recompute
+from megatron_disagmoe.schedules.actions import Placement
 
 ScheduleKind = Literal["interleaved-1f1b", "split-backward", "sequential"]
 DispatchMode = Literal["per-expert", "per-rank", "per-node"]
 DISPATCH_MODES: tuple[DispatchMode, ...] = ("per-expert", "per-rank", "per-node")
 SCHEDULE_KINDS: tuple[ScheduleKind, ...] = ("interleaved-1f1b", "split-backward", "sequential")
+
+
+#: Layers go round the groups of a side in turn.
+IN_TURN = "in-turn"
 
 
 class NodeLayout(enum.Enum):
@@ -84,6 +92,7 @@ class Allocation:
     ``attention_pool``, ``ffn_pool``: which of the cluster's pools hold the sides. ``nic_split``: where sides share
     nodes, which of the ways to split a node's NICs (``traffic.nic_splits``); it makes ``attention_nics_per_node`` and
     ``ffn_nics_per_node``, for people to read (fractions where every GPU owns a share).
+    ``place_layers``: ``in-turn``, or the groups of all stages as ``--af-place-layers`` lists them.
     ``redispatch``: FFN ranks drop their input and get it again before backward; implies full recomputation there.
     """
 
@@ -107,6 +116,7 @@ class Allocation:
     recompute_ffn: Recompute = Recompute.NONE
     redispatch: bool = False
     dispatch: DispatchMode = "per-rank"
+    place_layers: str = IN_TURN
 
     @property
     def sizes(self) -> GroupSizes:
@@ -137,6 +147,25 @@ class Allocation:
     def num_gpus(self) -> int:
         return self.attention_gpus + self.ffn_gpus
 
+    def placement(self, num_layers: int) -> Placement:
+        """Which group holds which stage.
+
+        Raises:
+            ValueError: ``place_layers`` is for other sizes.
+        """
+        return _placement(self.place_layers, num_layers, self.attention_groups, self.ffn_groups)
+
     def num_micro_batches(self, job: Job) -> int:
         """Of one replica and step, n = batch / (M R b)."""
         return job.global_batch_size // (job.micro_batch_size * self.attention_ranks * self.replicas)
+
+
+@lru_cache(maxsize=256)
+def _placement(text: str, num_layers: int, attention_groups: int, ffn_groups: int) -> Placement:
+    return placed(
+        text,
+        num_layers=num_layers,
+        num_attention_groups=attention_groups,
+        num_ffn_groups=ffn_groups,
+        costs=NOMINAL_COSTS,
+    )

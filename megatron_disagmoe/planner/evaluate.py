@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_disagmoe.planner.activations import Recompute
-from megatron_disagmoe.planner.allocation import DISPATCH_MODES, SCHEDULE_KINDS, Allocation, NodeLayout
+from megatron_disagmoe.planner.allocation import DISPATCH_MODES, IN_TURN, SCHEDULE_KINDS, Allocation, NodeLayout
 from megatron_disagmoe.planner.arrays import Floats
 from megatron_disagmoe.planner.layered_costs import LayeredCosts
 from megatron_disagmoe.planner.layout import Geometry
@@ -109,13 +109,8 @@ class Evaluation:
 
     @property
     def placement(self) -> Placement:
-        """Stages round-robin over the groups."""
-        a = self.allocation
-        return Placement.round_robin(
-            num_layers=self.problem.num_layers,
-            num_attention_groups=a.attention_groups,
-            num_ffn_groups=a.ffn_groups,
-        )
+        """Which group holds which stage."""
+        return self.allocation.placement(self.problem.num_layers)
 
     @cached_property
     def costs(self) -> LayeredCosts:
@@ -255,7 +250,7 @@ def evaluate(problem: Problem, allocation: Allocation) -> Evaluation:
             return -(-problem.num_layers // groups)
         return int(getattr(live, kind).count(candidate.group_size, n)[0])
 
-    return Evaluation(
+    evaluation = Evaluation(
         problem=problem,
         allocation=allocation,
         geometry=geometry,
@@ -269,6 +264,12 @@ def evaluate(problem: Problem, allocation: Allocation) -> Evaluation:
         attention_tail=_group_memory(problem, memory, "tail", counted("tail")),
         ffn=_group_memory(problem, memory, "ffn", counted("ffn")),
     )
+    if allocation.place_layers == IN_TURN:
+        return evaluation
+    from megatron_disagmoe.planner.placing import evaluate_placed
+
+    in_turn = replace(evaluation, allocation=replace(allocation, place_layers=IN_TURN))
+    return evaluate_placed(in_turn, allocation)
 
 
 def _group_memory(problem: Problem, memory: Memory, kind: str, live: int) -> GroupMemory:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_disagmoe.planner.activations import Recompute
+from megatron_disagmoe.planner.allocation import IN_TURN
 from megatron_disagmoe.planner.evaluate import Evaluation
-from megatron_disagmoe.planner.planning import Request, plan
-from megatron_disagmoe.planner.rerank import Ranked
+from megatron_disagmoe.planner.planning import Outcome, Progress, Request, best_analytic, plan
+from megatron_disagmoe.planner.rerank import Ranked, in_order
+from megatron_disagmoe.planner.search import TIE
 from megatron_disagmoe.planner.states import StateBytes
 
 #: Candidates that the event engine ranks where a plan is only made for comparison.
 _KEEP = 2
+#: An analytic time this many times a plan's real one needs no schedules to be called longer.
+_CLEARLY = 1.1
+#: Times closer than this (relative) are told as alike.
+_ALIKE = 0.0005
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,24 @@ def binding(ranked: Ranked) -> str:
     return "; ".join(parts)
 
 
-def reasons(ranked: Ranked, request: Request) -> list[str]:
-    """For each lever that is on, what the best plan without it would take."""
-    return [_reason(what, ranked, request, without) for what, without in _without(ranked.evaluation, request)]
+def explained(outcome: Outcome, *, progress: Progress | None = None) -> tuple[Outcome, list[str]]:
+    """For each lever that is on in the best plan, what the best plan without it would take.
+
+    A plan without a lever that turns out faster is one that the ranking missed: it becomes the best, and is explained
+    in turn.
+    """
+    request = outcome.request
+    while True:
+        best, said = outcome.ranked[0], []
+        for what, without in _without(best.evaluation, request):
+            other = _best_without(best, request, without, progress)
+            if isinstance(other, Ranked) and other.step_seconds < best.step_seconds * (1 - TIE):
+                ranked = tuple(in_order([other, *outcome.ranked]))
+                outcome = replace(outcome, ranked=ranked, state=other.evaluation.problem.state)
+                break
+            said.append(f"{what}: {_compared(best.step_seconds, other)}")
+        else:
+            return outcome, said
 
 
 def _without(e: Evaluation, request: Request) -> Iterator[tuple[str, Request]]:
@@ -86,6 +108,12 @@ def _without(e: Evaluation, request: Request) -> Iterator[tuple[str, Request]]:
         yield f"{a.attention_groups} attention to {a.ffn_groups} FFN groups", replace(
             request, space=replace(space, asymmetric=False)
         )
+    if a.place_layers != IN_TURN:
+        counts = Counter(e.placement.attention[:-1])
+        held = ", ".join(str(counts[group]) for group in range(a.attention_groups))
+        yield f"attention layers placed {held}, the output layer on group {e.placement.attention[-1]}", replace(
+            request, space=replace(space, place_layers=(IN_TURN,))
+        )
     copies = a.attention_ranks * a.replicas * a.context_parallel
     if space.distributed_optimizer and copies > 1:
         less = replace(space, distributed_optimizer=False)
@@ -100,18 +128,34 @@ def _more_exact(request: Request, state: StateBytes) -> list[int]:
     return [level.total for level in request.levels() if level.total > state.total]
 
 
-def _reason(what: str, ranked: Ranked, request: Request, without: Request) -> str:
-    """Both times with real schedules; at the same bytes per parameter, where those are not the question."""
+def _best_without(
+    ranked: Ranked, request: Request, without: Request, progress: Progress | None
+) -> Ranked | float | None:
+    """The best plan of a restricted request, or only its analytic step time where that is clearly longer.
+
+    None where nothing fits. At the bytes per parameter of ``ranked``, where those are not the question.
+    """
     space = without.space
     if space.bytes_per_parameter == request.space.bytes_per_parameter:
         space = replace(space, bytes_per_parameter=(ranked.evaluation.problem.state.total,))
+    without = replace(without, space=space, keep=_KEEP)
     try:
-        others = plan(replace(without, space=space, keep=_KEEP)).ranked
-    except ValueError:
-        others = ()
-    if not others:
-        return f"{what}: without it nothing fits"
-    change = others[0].step_seconds / ranked.step_seconds - 1
-    if change < 0.005:
-        return f"{what}: costs nothing; without it {others[0].step_seconds:.4g} s"
-    return f"{what}: the best plan without it takes {others[0].step_seconds:.4g} s ({change:+.0%})"
+        level = best_analytic(without)
+        if level is None or level.seconds > _CLEARLY * ranked.step_seconds:
+            return None if level is None else level.seconds
+        others = plan(without, progress=progress).ranked
+    except ValueError:  # the restricted choices contradict each other
+        return None
+    return others[0] if others else None
+
+
+def _compared(seconds: float, other: Ranked | float | None) -> str:
+    if other is None:
+        return "without it nothing fits"
+    takes = other.step_seconds if isinstance(other, Ranked) else other
+    change = takes / seconds - 1
+    if not isinstance(other, Ranked):
+        return f"without it a step takes about {takes:.4g} s ({change:+.0%})"
+    if change < _ALIKE:
+        return f"without it a step takes as long, {takes:.4g} s"
+    return f"the best plan without it takes {takes:.4g} s ({change:+.1%})"

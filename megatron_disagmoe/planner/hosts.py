@@ -54,7 +54,7 @@ def seats(allocation: Allocation, cluster: Cluster, *, num_layers: int) -> tuple
 
 
 def _ranks(a: Allocation, num_layers: int) -> Iterator[tuple[Group, int, int, int]]:
-    tail = num_layers % a.attention_groups
+    tail = a.placement(num_layers).attention[-1]
     order = [Group(Side.F, g) for g in range(a.ffn_groups)]
     order += [Group(Side.A, (tail + 1 + g) % a.attention_groups) for g in range(a.attention_groups)]
     for group in order:

@@ -11,6 +11,8 @@ Too small groups: while a pipeline fills (and again while it drains) a worker ru
 needs the first of them back from its trip round the ring of q groups a side. It waits (trip - G x slot) each of
 L / q - 1 times, where slot is what the slower side computes for one. G = trip / slot costs nothing: 4 q where all
 times are equal. Still smaller groups leave too few micro-batches alive to keep everybody busy (``residence_bound``).
+Where that waiting would be long, other orders than groups are better: at equal depths builders come within ``TIGHT`` of
+what work and live counts ask for (docs/builders.md has the figures).
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from megatron_disagmoe.planner.space import FFN_LEVERS, Candidates
 INTERLEAVED, SPLIT, SEQUENTIAL = (
     SCHEDULE_KINDS.index(kind) for kind in ("interleaved-1f1b", "split-backward", "sequential")
 )
+#: Orders under a cap over the larger of fill and residence bound, at most, where both sides have equally many groups.
+TIGHT = 1.15
 _REDISPATCH = np.array([again for _, again in FFN_LEVERS])
 
 
@@ -275,8 +279,9 @@ def residence_bound(problem: Problem, candidates: Candidates, links: Links, stag
 def pipeline_seconds(problem: Problem, candidates: Candidates, links: Links, stages: Stages) -> Floats:
     """The analytic time of the pipeline at the candidates' own G and kind."""
     trip = trip_of(candidates, links, stages)
-    filled = fill_bound(problem, candidates, links, stages) + waiting_seconds(problem, candidates, trip)
-    filled = np.maximum(filled, residence_bound(problem, candidates, links, stages))
+    filled, resident = (bound(problem, candidates, links, stages) for bound in (fill_bound, residence_bound))
+    most = np.where(candidates.attention_groups == candidates.ffn_groups, TIGHT * np.maximum(filled, resident), np.inf)
+    filled = np.minimum(np.maximum(filled + waiting_seconds(problem, candidates, trip), resident), most)
     one_by_one = candidates.kind == SEQUENTIAL
     if not one_by_one.any():
         return filled

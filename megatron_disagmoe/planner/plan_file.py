@@ -15,7 +15,7 @@ from pydantic import Field
 
 from megatron_disagmoe.builders.placement import placed
 from megatron_disagmoe.planner.activations import Recompute
-from megatron_disagmoe.planner.allocation import Allocation, DispatchMode, Job, NodeLayout, ScheduleKind
+from megatron_disagmoe.planner.allocation import IN_TURN, Allocation, DispatchMode, Job, NodeLayout, ScheduleKind
 from megatron_disagmoe.planner.files import (
     Count,
     CountOrZero,
@@ -250,6 +250,7 @@ class PlanFile(Strict):
             recompute_ffn=Recompute[lever.recompute_ffn.upper()],
             redispatch=lever.redispatch,
             dispatch=lever.dispatch,
+            place_layers=str(self.flags.get("--af-place-layers", IN_TURN)),
         )
 
     def placement(self, num_layers: int) -> Placement:

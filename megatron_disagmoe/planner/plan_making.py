@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_disagmoe.arguments.refusals import refused
 from megatron_disagmoe.planner.activations import Recompute
-from megatron_disagmoe.planner.allocation import Allocation
+from megatron_disagmoe.planner.allocation import IN_TURN, Allocation
 from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory
 from megatron_disagmoe.planner.hosts import seats
 from megatron_disagmoe.planner.model_import import parse_flags
@@ -114,6 +114,8 @@ def af_flags(ranked: Ranked) -> dict[str, int | str | bool]:
         "--af-schedule": a.schedule,
         "--af-dispatch": a.dispatch,
     }
+    if a.place_layers != IN_TURN:
+        flags["--af-place-layers"] = a.place_layers
     if ranked.group_size is not None:
         flags["--af-micro-batch-group-size"] = ranked.group_size
     if ranked.max_live is not None:

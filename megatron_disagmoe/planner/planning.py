@@ -124,9 +124,7 @@ def plan(request: Request, *, progress: Progress | None = None) -> Outcome:
     solved = time.perf_counter()
     ranked: list[Ranked] = []
     for level in _from(levels, chosen):
-        for found in level.found:
-            best = min((each.step_seconds for each in ranked), default=float("inf"))
-            ranked += rerank(found, below=best, progress=_part(progress, "ranking by simulation"))
+        ranked = rerank(*level.found, progress=_part(progress, "ranking by simulation"))
         if ranked:  # else schedules need more memory than the closed form says: the next level
             chosen = level
             break

@@ -122,8 +122,9 @@ class AttentionTables:
 
     ``forward``, ``backward``, ``weight``, ``again``: [c, r, L + 1], by stage; ``forward_before`` etc.: [c, r, L + 2],
     summed over the stages before. ``group_work``: [c, r, p, K], a micro-batch's work on the groups of ``depths``.
-    ``kept_first``, ``kept_tail``: [c, r, p], bytes a micro-batch's layer keeps on group 0 and on the tail's group (mean
-    over theirs); ``parameters_first``, ``parameters_tail``: [c, p]. ``workspace``: [c, r]; ``tail_workspace``: [c].
+    ``kept``: [c, r, L + 1], bytes that a micro-batch keeps in a stage; ``kept_first``, ``kept_tail``: [c, r, p], their
+    means over the layers of group 0 and of the tail's group; ``parameters_first``, ``parameters_tail``: [c, p].
+    ``workspace``: [c, r]; ``tail_workspace``: [c].
     """
 
     cuts: tuple[tuple[int, int], ...]
@@ -138,6 +139,7 @@ class AttentionTables:
     group_work: Floats
     kept_first: Floats
     kept_tail: Floats
+    kept: Floats
     tail_kept: Floats
     parameters_first: Floats
     parameters_tail: Floats
@@ -200,6 +202,7 @@ class AttentionTables:
             group_work=work[:, :, rows, depths.busiest],
             kept_first=group_kept,
             kept_tail=tail_group_kept,
+            kept=kept,
             tail_kept=kept[:, :, -1],
             parameters_first=np.array([[each[0] for each in row] for row in parameters]),
             parameters_tail=np.array([[each[layers % len(each)] for each in row] for row in parameters]),

@@ -7,27 +7,35 @@ best so far, by its lower bound, is not built.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 from megatron_disagmoe import builders
-from megatron_disagmoe.builders.redispatch import redispatching
-from megatron_disagmoe.planner.allocation import Allocation, ScheduleKind
+from megatron_disagmoe.planner.allocation import IN_TURN, Allocation, ScheduleKind
 from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory, allocation_of, evaluate
 from megatron_disagmoe.planner.layered_costs import LayeredCosts
-from megatron_disagmoe.planner.problem import Problem
+from megatron_disagmoe.planner.placing import ways_to_place
 from megatron_disagmoe.planner.search import TIE, Found, search
 from megatron_disagmoe.planner.space import fixed_sizes
 from megatron_disagmoe.schedules.actions import Group, Placement, Schedule, Side
 from megatron_disagmoe.schedules.liveness import lifetimes, live_counts, peak_live
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.simulate import simulate_orders
+from megatron_disagmoe.simulator.step_bound import step_bound
+from megatron_disagmoe.simulator.workload import Workload
 
 #: Shapes whose other choices are tried, and how many choices are looked at for each.
 _REFINED, _CHOICES = 2, 200
 #: Most of them that are scheduled, for each shape: many where a schedule is small (layers x micro-batches), else few.
-_MANY, _FEW, _SMALL = 40, 4, 200
+_MANY, _FEW, _SMALL = 40, 3, 200
+#: Where schedules are large, an analytic time this many times the best real one is not scheduled: schedules of choices
+#: that are alike lose alike.
+_BEHIND = 1.05
+#: What a schedule could gain at most by its bound (relative) that is not worth building it.
+_WORTH = 0.002
 #: How often a lower cap is tried for schedules whose tail holds more than one micro-batch.
 _LOWER = 3
 
@@ -67,70 +75,105 @@ class Ranked:
         return size if isinstance(size, int) else None
 
 
-def rerank(
-    found: Found, *, below: float = math.inf, progress: Callable[[int, int], None] | None = None
-) -> list[Ranked]:
+def rerank(*found: Found, progress: Callable[[int, int], None] | None = None) -> list[Ranked]:
     """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs.
 
-    For the best shapes, and for those whose best choice fits with no real schedule, their other choices (layout,
-    dispatch, levers, kinds of schedule) are tried too, by their lower bounds: with too little memory for an unhindered
-    schedule the analytic time tells little. What cannot be faster than ``below`` is left out.
+    Schedules are made for the analytically best first, whichever search found it. For the best shapes, and for those
+    whose best choice fits with no real schedule, their other choices (layout, dispatch, levers, kinds of schedule) are
+    tried too, by their lower bounds: with too little memory for an unhindered schedule the analytic time tells little.
     """
-    problem = found.problem
-    contest = _Contest(below)
+    contest = _Contest()
     without: list[Evaluation] = []
-    for at in range(len(found.seconds)):
-        evaluation = evaluate(problem, allocation_of(problem, found.candidates, at))
+    every = [
+        evaluate(each.problem, allocation_of(each.problem, each.candidates, at))
+        for each in found
+        for at in range(len(each.seconds))
+    ]
+    for number, evaluation in enumerate(sorted(every, key=lambda each: each.step_seconds)):
         chosen = evaluation.allocation.schedule
-        kinds = [kind for kind in problem.space.schedules if kind != "sequential"]
-        before = len(contest.ranked)
-        for kind in kinds if chosen != "sequential" else [chosen]:
-            contest.enter(evaluation, kind)
-        if len(contest.ranked) == before:
+        kinds = [kind for kind in evaluation.problem.space.schedules if kind != "sequential"]
+        kinds = kinds if chosen != "sequential" else [chosen]
+        results = {contest.enter(placed, kind) for placed in ways_to_place(evaluation) for kind in kinds}
+        if "none fits" in results and "ranked" not in results:
             without.append(evaluation)
         if progress:
-            progress(at + 1, len(found.seconds))
+            progress(number + 1, len(every))
     for evaluation in [*without, *(each.evaluation for each in in_order(contest.ranked)[:_REFINED])]:
-        _refine(problem, evaluation, contest)
+        _refine(evaluation, contest)
     return in_order(contest.ranked)
+
+
+#: What became of a schedule that might win; left out is what cannot, or what has been ranked already.
+Entry = Literal["ranked", "none fits", "left out"]
 
 
 class _Contest:
     """Ranks what may still win; the same only once."""
 
-    def __init__(self, below: float) -> None:
-        self.below = below
+    def __init__(self) -> None:
         self.ranked: list[Ranked] = []
+        self.best = math.inf
+        self.tried = 0
         self._seen: set[Allocation] = set()
 
-    @property
-    def best(self) -> float:
-        """The least step time so far."""
-        return min((self.below, *(each.step_seconds for each in self.ranked)))
-
-    def enter(self, evaluation: Evaluation, kind: ScheduleKind) -> bool:
+    def enter(self, evaluation: Evaluation, kind: ScheduleKind) -> Entry:
         """Rank an allocation with this kind of schedule, unless its bound says that it cannot win."""
         allocation = replace(evaluation.allocation, schedule=kind, group_size=1)
+        behind = evaluation.step_seconds > _BEHIND * self.best and not _is_small(evaluation)
+        if behind or allocation in self._seen:
+            return "left out"
         evaluation = evaluate(evaluation.problem, allocation)
-        if allocation in self._seen or evaluation.fill_bound + evaluation.synchronise_seconds >= self.best:
-            return False
+        enough = self.best * (1 - _WORTH)
+        if evaluation.fill_bound + evaluation.synchronise_seconds >= enough:
+            return "left out"
+        least = no_faster_than(evaluation)
+        if least >= enough:
+            return "left out" if math.isfinite(least) else "none fits"
         self._seen.add(allocation)
+        self.tried += 1
         ranked = rank(evaluation, kind)
-        if ranked is not None:
-            self.ranked.append(ranked)
-        return True
+        if ranked is None:
+            return "none fits"
+        self.ranked.append(ranked)
+        self.best = min(self.best, ranked.step_seconds)
+        return "ranked"
 
 
-def _refine(problem: Problem, shape: Evaluation, contest: _Contest) -> None:
+def _is_small(evaluation: Evaluation) -> bool:
+    return evaluation.num_micro_batches * evaluation.problem.num_layers <= _SMALL
+
+
+def no_faster_than(evaluation: Evaluation) -> float:
+    """The least step time of any schedule within the live activations that memory allows; infinite where none is."""
+    synchronise = evaluation.synchronise_seconds
+    if evaluation.allocation.schedule == "sequential":
+        return evaluation.step_seconds
+    cap = live_cap(evaluation)
+    if cap < builders.least_live(evaluation.placement):
+        return math.inf
+    a = evaluation.allocation
+    workload = Workload.uniform(
+        evaluation.placement,
+        evaluation.costs,
+        num_micro_batches=evaluation.num_micro_batches,
+        split_backward=a.schedule == "split-backward",
+        redispatch=a.redispatch,
+    )
+    return step_bound(workload, max_live=cap) + synchronise
+
+
+def _refine(shape: Evaluation, contest: _Contest) -> None:
     """Rank other choices for the sizes of ``shape``."""
-    a = shape.allocation
+    problem, a = shape.problem, shape.allocation
     sizes = replace(problem, space=fixed_sizes(problem.space, a))
     found = search(sizes, keep=_CHOICES, every_choice=True)
     every = [evaluate(sizes, allocation_of(sizes, found.candidates, at)) for at in range(len(found.seconds))]
-    left = _MANY if shape.num_micro_batches * problem.num_layers <= _SMALL else _FEW
+    most = contest.tried + (_MANY if _is_small(shape) else _FEW)
     for evaluation in sorted(every, key=lambda each: each.fill_bound + each.synchronise_seconds):
-        if left > 0 and contest.enter(evaluation, evaluation.allocation.schedule):
-            left -= 1
+        if contest.tried >= most:
+            break
+        for placed in ways_to_place(evaluation):
+            contest.enter(placed, evaluation.allocation.schedule)
 
 
 def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:
@@ -158,9 +201,8 @@ def rank(evaluation: Evaluation, kind: ScheduleKind) -> Ranked | None:
     """The allocation with the best schedule of this kind that fits its memory; None where none does."""
     evaluation = evaluate(evaluation.problem, replace(evaluation.allocation, schedule=kind))
     cap = live_cap(evaluation)
-    a = evaluation.allocation
-    held = -(-evaluation.problem.num_layers // min(a.attention_groups, a.ffn_groups)) + 1
-    most, least = held * evaluation.num_micro_batches, builders.least_live(evaluation.placement)
+    held = max(Counter(evaluation.placement.attention).values()), max(Counter(evaluation.placement.ffn).values())
+    most, least = max(held) * evaluation.num_micro_batches, builders.least_live(evaluation.placement)
     for _ in range(_LOWER):
         if cap < least:
             return None
@@ -222,9 +264,8 @@ def _scheduled(
         costs=costs,
         group_size=group_size,
         max_live=max_live,
+        redispatch=redispatch,
     )
-    if redispatch:
-        schedule = redispatching(schedule, costs)
     return schedule, simulate_orders(Orders.of(schedule), costs).makespan
 
 
@@ -232,7 +273,8 @@ def live_cap(evaluation: Evaluation) -> int:
     """The most live activations, the tail's included, that every group can hold."""
     p = evaluation.problem
     a_usable, f_usable = p.attention_pool.gpu.usable_bytes, p.ffn_pool.gpu.usable_bytes
-    tail_is_first = p.num_layers % evaluation.allocation.attention_groups == 0
+    a = evaluation.allocation
+    tail_is_first = a.place_layers == IN_TURN and p.num_layers % a.attention_groups == 0
     return min(
         evaluation.attention_first.most_live(a_usable) + tail_is_first,
         evaluation.attention_tail.most_live(a_usable) + 1,  # whose one tail is no micro-batch-layer

@@ -8,12 +8,14 @@ version does not run, go; latent attention becomes multi-head attention.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from megatron_disagmoe.builders import NOMINAL_COSTS
+from megatron_disagmoe.builders.placement import balanced_placement, to_text
 from megatron_disagmoe.planner.activations import Recompute
-from megatron_disagmoe.planner.allocation import Allocation, Job, NodeLayout
+from megatron_disagmoe.planner.allocation import IN_TURN, Allocation, Job, NodeLayout
 from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.evaluate import evaluate
 from megatron_disagmoe.planner.model_spec import GroupedQueryAttention, ModelSpec
@@ -96,7 +98,16 @@ def small_allocation(plan: PlanFile) -> Allocation:
         recompute_ffn=full[lever.recompute_ffn],
         redispatch=lever.redispatch,
         dispatch=lever.dispatch,
+        place_layers=_place_layers(plan, a_groups, f_groups),
     )
+
+
+def _place_layers(plan: PlanFile, attention_groups: int, ffn_groups: int) -> str:
+    """Fewer layers beside the output layer, where the large plan has that."""
+    if plan.flags.get("--af-place-layers", IN_TURN) == IN_TURN or attention_groups == 1:
+        return IN_TURN
+    long_tail = replace(NOMINAL_COSTS, tail=2.0)
+    return to_text(balanced_placement(_LAYERS, attention_groups, ffn_groups, long_tail))
 
 
 def rehearsal(plan: PlanFile, model: ModelSpec) -> Rehearsal:

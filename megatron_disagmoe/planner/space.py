@@ -10,6 +10,7 @@ import numpy as np
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import (
     DISPATCH_MODES,
+    IN_TURN,
     SCHEDULE_KINDS,
     Allocation,
     DispatchMode,
@@ -47,6 +48,7 @@ class Space:
     dispatch: tuple[DispatchMode, ...] = DISPATCH_MODES
     layouts: tuple[NodeLayout, ...] = LAYOUTS
     schedules: tuple[ScheduleKind, ...] = SCHEDULE_KINDS
+    place_layers: tuple[str, ...] = (IN_TURN, "balanced")
     asymmetric: bool = True
     whole_nodes: bool = False
     distributed_optimizer: bool = True

@@ -6,6 +6,7 @@ master weight, the 16 bits that the bf16 weight lacks (Transformer Engine's para
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,11 +88,13 @@ class AttentionParameters:
 
     def of_groups(self, num_groups: int, *, tensor_parallel: int) -> Floats:
         """Parameters on one GPU of each group, A(i) on group i mod ``num_groups``."""
-        stages = len(self.cut)
-        group = np.arange(stages) % num_groups
-        total = np.bincount(group, self.cut / tensor_parallel + self.whole, minlength=num_groups)
+        return self.of_placement((np.arange(len(self.cut)) % num_groups).tolist(), tensor_parallel=tensor_parallel)
+
+    def of_placement(self, groups: Sequence[int], *, tensor_parallel: int) -> Floats:
+        """The same for stages on ``groups``, the tail's last. A(0) is on group 0."""
+        total = np.bincount(groups, self.cut / tensor_parallel + self.whole)
         total[0] += self.embedding / tensor_parallel
-        tail = (stages - 1) % num_groups
+        tail = groups[-1]
         total[tail] += self.final_norm
         if tail or not self.tied:  # tied and elsewhere: a copy
             total[tail] += self.output / tensor_parallel

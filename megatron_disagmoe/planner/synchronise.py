@@ -8,7 +8,7 @@ so that each node sends each of its different parameters once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,10 +49,17 @@ def shard(copies: Floats, *, distributed: bool) -> Floats:
     return copies if distributed else np.ones_like(copies)
 
 
-def synchronise_seconds(problem: Problem, candidates: Candidates, links: Links) -> Floats:
-    """Seconds after the pipeline, and what else a step takes."""
+def synchronise_seconds(
+    problem: Problem, candidates: Candidates, links: Links, *, attention: Floats | None = None
+) -> Floats:
+    """Seconds after the pipeline, and what else a step takes.
+
+    ``attention``: parameters on the fullest attention GPU, where layers do not go round the groups in turn.
+    """
     c, state, distributed = candidates, problem.state, problem.space.distributed_optimizer
     p = parameters_of(problem, candidates)
+    if attention is not None:
+        p = replace(p, attention=attention)
     a_pool, f_pool = problem.attention_pool, problem.ffn_pool
     per_parameter = state.gradient + (state.weight if distributed else state.gradient)
     a_moved = p.attention * per_parameter * (p.attention_copies - 1) / p.attention_copies

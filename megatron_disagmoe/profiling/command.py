@@ -70,7 +70,8 @@ def plan_by_trials(
 
 def _sizes(planned: PlanFile) -> str:
     s = planned.sizes
-    return f"A {s.attention_groups} x {s.attention_ranks}, F {s.ffn_groups} x {s.ffn_ranks}, R {s.replicas}"
+    sizes = f"A {s.attention_groups} x {s.attention_ranks}, F {s.ffn_groups} x {s.ffn_ranks}, R {s.replicas}"
+    return f"{sizes}, {planned.schedule.kind}, {planned.levers.dispatch}"
 
 
 def _as_json(found: Profiled, out: Path | None) -> dict[str, Any]:

@@ -228,7 +228,9 @@ class Oracle:
                 if fill is None:
                     fill = run.fill_bound(n)
                 counts = [live(self.layers, sizes, p, 0, at, g, n) for at, p in enumerate(sizes)]
-                yield max(fill + run.waiting(g), run.residence(n, (counts[0], counts[1]))), fill, g
+                resident = run.residence(n, (counts[0], counts[1]))
+                most = 1.15 * max(fill, resident) if a.attention_groups == a.ffn_groups else math.inf
+                yield min(max(fill + run.waiting(g), resident), most), fill, g
 
     def rooms(
         self, a: Allocation, side: AttentionSide, ffn: tuple[float, ...], transfers: Transfers, *, again: bool

@@ -18,7 +18,7 @@ from megatron_disagmoe.cli.plan_options import executable_space, space_of
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import Job, NodeLayout
 from megatron_disagmoe.planner.cluster_import import load_cluster
-from megatron_disagmoe.planner.explain import reasons, uses
+from megatron_disagmoe.planner.explain import explained, uses
 from megatron_disagmoe.planner.model_export import megatron_model_flags
 from megatron_disagmoe.planner.model_import import load_model, model_from_megatron
 from megatron_disagmoe.planner.picture import draw_roofline, points
@@ -28,6 +28,7 @@ from megatron_disagmoe.planner.planning import WORTH, Outcome, Request, default_
 from megatron_disagmoe.planner.sensitivity import diagnose, sensitivity
 from megatron_disagmoe.planner.space import Space
 from megatron_disagmoe.planner.verify import verify_plan
+from megatron_disagmoe.schedules.text import dumps, loads
 from tests.planner.test_clusters import _changed
 
 SIX = ("deepseek-moe-16b", "gpt-oss-120b", "qwen3-235b-a22b", "deepseek-v3", "mixtral-8x7b", "quickstart")
@@ -106,6 +107,12 @@ def test_costs_in_a_plan_are_those_it_was_ranked_with(mixtral: Outcome, mixtral_
         type(mixtral_plan.costs).model_validate(again).stage_costs()
 
 
+def test_the_schedule_of_a_plan_can_be_kept_beside_traces(mixtral: Outcome) -> None:
+    """Its parameters hold the times of every stage, which a schedule file must be able to say."""
+    schedule = mixtral.ranked[0].schedule
+    assert loads(dumps(schedule)).parameters == schedule.parameters
+
+
 def test_ranges() -> None:
     assert ranges_of([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
     assert numbers_of("0-2,5,7-8") == [0, 1, 2, 5, 7, 8]
@@ -168,9 +175,8 @@ def test_reasons_name_every_lever_that_is_on() -> None:
     cluster = load_cluster("h800-16x8")
     node = cluster.model_copy(update={"pools": (cluster.pools[0].model_copy(update={"num_nodes": 2}),)})
     request = Request(load_model("deepseek-moe-16b"), node, Job(16384, 16), Space(asymmetric=False), keep=1)
-    best = plan(request).ranked[0]
-    a = best.evaluation.allocation
-    said = reasons(best, request)
+    outcome, said = explained(plan(request))
+    a = outcome.ranked[0].evaluation.allocation
     levers = [a.tensor_parallel * a.context_parallel > 1, a.recompute_ffn is not Recompute.NONE, a.redispatch]
     assert any(levers), "pick a tighter problem"
     for on, words in zip(levers, ("TP", "recomputation on the FFN side", "dispatching again"), strict=True):
