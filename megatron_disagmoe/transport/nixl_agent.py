@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import Store
 
-from megatron_disagmoe.transport.nixl_library import import_nixl, nixl_errors
+from megatron_disagmoe.transport.nixl_library import nixl_errors, open_agent
 from megatron_disagmoe.transport.nixl_memory import RegisteredMemory, Slot
 from megatron_disagmoe.transport.nixl_protocol import Offer, agent_name, agent_rank
 
@@ -49,15 +49,9 @@ class Agent:
     """
 
     def __init__(self, *, rank: int, peers: list[int], device: torch.device, store: Store) -> None:
-        api = import_nixl()
+        self._out, self._into = (open_agent(agent_name(rank, way)) for way in (_OUT, _INTO))
         self.errors: tuple[type[Exception], ...] = (*nixl_errors(), WriteFailed)
         self._rank, self._peers, self._device, self._store = rank, peers, device, store
-        self._out, self._into = (
-            api.nixl_agent(
-                agent_name(rank, way), api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-            )
-            for way in (_OUT, _INTO)
-        )
         self.sending = RegisteredMemory(self._out, device=device)
         self.receiving = RegisteredMemory(self._into, device=device, publish=self._publish)
         self._generation = 0
@@ -70,8 +64,7 @@ class Agent:
             self._into.add_remote_agent(store.get(f"{peer}/{_OUT}"))
 
     def hear(self) -> Iterator[tuple[int, bytes]]:
-        """Make progress; what peers have said since, in order for each of them."""
-        self._into.get_new_notifs()
+        """What peers have said since, in order for each of them."""
         for name, notes in self._out.get_new_notifs().items():
             for note in notes:
                 yield agent_rank(name), note

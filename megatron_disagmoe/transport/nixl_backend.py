@@ -15,9 +15,9 @@ quarter of the worst case that the message spec states; an announced message tha
 offer a larger one, and later slots of that pair are as large. Slots are recycled. Metadata (connections, memory
 keys) is exchanged through torch's store only.
 
-NIXL's own progress thread spins on a core, so we run without it: a thread of ours makes progress every
-millisecond while something is under way, and whoever waits makes progress too. So over TCP a millisecond's worth
-of data has to fit the socket buffers, and one round of progress has to move it (``nixl_library``).
+Payload moves on NIXL's own thread, which sleeps until the network has something for it and needs no Python lock
+(``nixl_library``). What is said about messages is Python's: a thread of ours looks every millisecond while something
+is under way, and whoever waits looks too.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ from megatron_disagmoe.transport.nixl_protocol import (
 from megatron_disagmoe.transport.nixl_writes import Writes
 from megatron_disagmoe.transport.wire import Layout, Where, place, view_section
 
-#: Seconds between polls: by our thread while something is under way, and when nothing is; by a waiting rank
-#: (from the first to the second, doubling, so that a short wait is short and a long one leaves the cores alone).
+#: Seconds between looks: by our thread while something is under way, and when nothing is or somebody waits and looks
+#: anyway; by a waiting rank (from the first to the second, doubling, so that a short wait is short and a long one
+#: leaves the cores alone).
 _POLL_SECONDS, _IDLE_POLL_SECONDS = 0.001, 0.02
 _WAIT_POLL_SECONDS = (0.00005, 0.001)
 #: How long `close` waits for peers that are not done yet.
@@ -117,6 +118,7 @@ class NixlTransport(Transport):
         self._error: TransportError | None = None
         self._lock = threading.Lock()
         self._wake = threading.Event()
+        self._waiting = 0
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="af-transport-nixl", daemon=True)
         self._thread.start()
@@ -158,7 +160,7 @@ class NixlTransport(Transport):
 
     def flush(self) -> None:
         deadline = time.monotonic() + self.timeout_seconds
-        for pause in _pauses():
+        for pause in self._looks():
             with self._lock:
                 self._progress()
                 if self._error is not None:
@@ -212,7 +214,7 @@ class NixlTransport(Transport):
         worst = worst_case(recv.pair.layout.spec)
         start = time.monotonic()
         ping = start + _PING_SECONDS
-        for pause in _pauses():
+        for pause in self._looks():
             with self._lock:
                 self._progress()
                 if recv.is_here:
@@ -256,13 +258,22 @@ class NixlTransport(Transport):
         while not self._closing:
             with self._lock:
                 self._progress()
-                busy = bool(self._num_expected or self._writes.pending)
+                busy = bool(self._num_expected or self._writes.pending) and not self._waiting
                 if not busy:
                     self._wake.clear()
             if busy:
                 time.sleep(_POLL_SECONDS)
             else:
-                self._wake.wait(_IDLE_POLL_SECONDS)  # what UCX still holds back has to leave, too
+                self._wake.wait(_IDLE_POLL_SECONDS)
+
+    def _looks(self) -> Iterator[float]:
+        """Seconds to sleep between a waiting rank's looks, without end; meanwhile our thread has nothing to do."""
+        self._waiting += 1
+        try:
+            yield from _pauses()
+        finally:
+            self._waiting -= 1
+            self._wake.set()
 
     def _progress(self) -> None:
         for peer, note in self._agent.hear():

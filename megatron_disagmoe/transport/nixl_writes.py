@@ -31,8 +31,8 @@ class Writes:
         return [*self._active, *self._queued]
 
     def add(self, state: SendState) -> None:
-        """Take over a payload, packed into ``state.slot``."""
-        self._queued.append(state)
+        """Take over a payload, packed into ``state.slot``; it leaves at once where its receiver has offered a slot."""
+        self._try(state, self._start)
 
     def progress(self) -> None:
         """End and begin whatever can be."""
