@@ -1,7 +1,8 @@
 """Interprets a schedule on one rank. It knows no schedule by name and no model: it moves messages and calls a worker.
 
-RECV posts, SEND has begun by the time it stands in the list (a stage emits its dispatch as soon as it exists), and
-a compute action waits for exactly the transfers that ``schedules.dataflow`` says it needs. Nothing else blocks.
+RECV posts. A SEND right behind the action that makes its message has begun by then (a stage emits its dispatch as soon
+as it exists); one that stands later starts the transfer there, and until then the message is kept. A compute action
+waits for exactly the transfers that ``schedules.dataflow`` says it needs. Nothing else blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 from megatron_disagmoe.runtime.activations import Activations, Received
 from megatron_disagmoe.runtime.links import Incoming, Links
 from megatron_disagmoe.schedules.actions import Action, Group, Kind, Schedule, Side
-from megatron_disagmoe.schedules.dataflow import COMPUTE, Port, inputs, redispatched
+from megatron_disagmoe.schedules.dataflow import COMPUTE, Port, inputs, outputs, redispatched
 from megatron_disagmoe.schedules.liveness import lifetimes, live_counts
 from megatron_disagmoe.tracing.recorder import Recorder, edge_name
 from megatron_disagmoe.transport.base import Message, TransferKey
@@ -43,13 +44,31 @@ class Worker(Protocol):
 class _Step:
     """One action: a compute action with what it waits for, or a transfer on ``port``.
 
-    ``live``: activations alive once it has run.
+    ``live``: activations alive once it has run. ``late``: what it makes that is sent later.
     """
 
     action: Action
     needs: tuple[tuple[Port, bool], ...]
     port: Port | None
     live: int
+    late: tuple[Port, ...] = ()
+
+
+def _sent_late(schedule: Schedule, group: Group) -> set[tuple[Port, int]]:
+    """Messages whose SEND does not follow its maker at once, or follows another such SEND, so that order is kept."""
+    made: set[tuple[Port, int]] = set()
+    late: set[tuple[Port, int]] = set()
+    for action in schedule.actions[group]:
+        if action.kind in COMPUTE:
+            ports = outputs(group.side, action.kind, action.layer, num_layers=schedule.placement.num_layers)
+            made = {(port, action.micro_batch) for port in ports}
+        elif action.kind is Kind.SEND:
+            assert action.edge is not None, "a transfer names its edge"
+            message = Port(action.edge, action.gradient, action.layer), action.micro_batch
+            if message not in made:
+                late.add(message)
+                made = set()
+    return late
 
 
 def _steps(schedule: Schedule, group: Group) -> list[_Step]:
@@ -61,6 +80,7 @@ def _steps(schedule: Schedule, group: Group) -> list[_Step]:
     ending = [0] * len(actions)
     for life in lives:
         ending[life.last] += 1
+    sent_late = _sent_late(schedule, group)
     steps = []
     for position, action in enumerate(actions):
         live = during[position] - ending[position]
@@ -73,7 +93,9 @@ def _steps(schedule: Schedule, group: Group) -> list[_Step]:
                 again=(action.layer, action.micro_batch) in again,
             )
             needs = tuple((port, placement.is_local(port.edge, port.layer)) for port in ports)
-            steps.append(_Step(action, needs, None, live))
+            made = outputs(group.side, action.kind, action.layer, num_layers=placement.num_layers)
+            late = tuple(port for port in made if (port, action.micro_batch) in sent_late)
+            steps.append(_Step(action, needs, None, live, late))
         else:
             assert action.edge is not None, "a transfer names its edge"
             steps.append(_Step(action, (), Port(action.edge, action.gradient, action.layer), live))
@@ -145,13 +167,17 @@ class _Run:
         self.incoming: dict[tuple[Port, int], Incoming] = {}
         self.handed_over: dict[tuple[Port, int], list[Message]] = {}
         self.emitted: set[tuple[Port, int]] = set()
+        self.kept: dict[tuple[Port, int], list[Message]] = {}
 
     def post(self, port: Port, micro_batch: int) -> None:
         """Get ready to receive."""
         self.incoming[port, micro_batch] = self.links.receive(port, micro_batch)
 
     def sent(self, port: Port, micro_batch: int) -> None:
-        """A SEND: the compute action before it has begun the transfer."""
+        """A SEND: starts the transfer of a message that was kept; that of any other has begun."""
+        if (messages := self.kept.pop((port, micro_batch), None)) is not None:
+            self.links.send(port, micro_batch, messages)
+            return
         assert (port, micro_batch) in self.emitted, f"{port} of micro-batch {micro_batch} is sent before it is made"
         self.emitted.remove((port, micro_batch))
 
@@ -163,6 +189,8 @@ class _Run:
         def emit(port: Port, messages: list[Message]) -> None:
             if self.placement.is_local(port.edge, port.layer):
                 self.handed_over[port, micro_batch] = messages
+            elif port in step.late:
+                self.kept[port, micro_batch] = messages
             else:
                 self.links.send(port, micro_batch, messages)
                 self.emitted.add((port, micro_batch))
@@ -195,5 +223,5 @@ class _Run:
 
     def finish(self) -> None:
         """A verified schedule leaves nothing over."""
-        left = [*self.incoming, *self.handed_over, *self.emitted]
+        left = [*self.incoming, *self.handed_over, *self.emitted, *self.kept]
         assert not left, f"the schedule ended with transfers left over: {left[:3]}"

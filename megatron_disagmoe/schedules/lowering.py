@@ -4,6 +4,9 @@ Two passes, so that authors write compute actions only::
 
     schedule = post_receives(add_communication(compute_only_schedule))
 
+An author may also write SENDs: of messages that are to leave later than when they are made, so that more urgent ones
+go first. Those stay where they stand.
+
 Both are total: a broken schedule is lowered as far as it goes and the verifier says what is wrong.
 """
 
@@ -11,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Schedule, Side
 from megatron_disagmoe.schedules.dataflow import (
     COMPUTE,
-    TRANSFER,
     Channel,
     Port,
     channel_of,
@@ -119,8 +122,8 @@ def compute_only(schedule: Schedule) -> Schedule:
 
 
 def lowered(schedule: Schedule) -> Schedule:
-    """``schedule`` as it runs: with its transfers derived where it has none at all, else as it is."""
-    if any(action.kind in TRANSFER for actions in schedule.actions.values() for action in actions):
+    """``schedule`` as it runs: with its transfers derived where it has no RECV at all, else as it is."""
+    if any(action.kind is Kind.RECV for actions in schedule.actions.values() for action in actions):
         return schedule
     return post_receives(add_communication(schedule))
 
@@ -128,35 +131,74 @@ def lowered(schedule: Schedule) -> Schedule:
 def add_communication(schedule: Schedule) -> Schedule:
     """Derive every transfer: SEND right after the compute that makes it, RECV just before the one that needs it.
 
-    On each channel receives are posted in the order of the sends. Where a consumer needs a later message first, the
-    earlier ones are therefore received ahead of their own consumers. Transfers already in ``schedule`` are replaced.
+    A SEND that stands later than that in ``schedule`` stays there; RECVs in ``schedule`` are replaced. On each channel
+    receives are posted in the order of the sends. Where a consumer needs a later message first, the earlier ones are
+    therefore received ahead of their own consumers.
     """
-    schedule = compute_only(schedule)
     wiring = _Wiring(schedule)
-    steps = {group: wiring.steps(group, actions) for group, actions in schedule.actions.items()}
     sent: list[list[Action]] = [[] for _ in wiring.channels]  # the receives of each channel in the order of its sends
     place: dict[int, int] = {}  # of each item among the sends of its channel
+    with_sends: dict[Group, tuple[Action, ...]] = {}
+    steps: dict[Group, list[_Step]] = {}
     for group, actions in schedule.actions.items():
-        for action, step in zip(actions, steps[group], strict=True):
-            for port in step.makes:
+        computes = [action for action in actions if action.kind is not Kind.SEND and action.kind is not Kind.RECV]
+        steps[group] = wiring.steps(group, computes)
+        if len(computes) == len(actions):
+            with_sends[group] = actions = _sent_at_once(computes, steps[group], wiring)
+        else:
+            with_sends[group] = actions = _sent_as_written(actions, steps[group], wiring)
+        made: set[int] = set()
+        at = iter(steps[group])
+        for kind, layer, micro_batch, edge, gradient in actions:
+            if kind is not Kind.SEND:
+                made.update(_item(port, micro_batch) for port in next(at).makes)
+                continue
+            port = wiring.port(edge, gradient, layer)
+            if port is not None and (item := _item(port, micro_batch)) in made and item not in place:
                 order = sent[wiring.channel_of_port[port]]
-                place[_item(port, action.micro_batch)] = len(order)
-                order.append(_transfer(Kind.RECV, wiring.ports[port], action.micro_batch))
+                place[item] = len(order)
+                order.append(_transfer(Kind.RECV, wiring.ports[port], micro_batch))
     received = [0] * len(wiring.channels)
     return dataclasses.replace(
         schedule,
         actions={
-            group: _with_transfers(actions, steps[group], wiring, sent, place, received)
-            for group, actions in schedule.actions.items()
+            group: _with_receives(actions, steps[group], wiring, sent, place, received)
+            for group, actions in with_sends.items()
         },
     )
+
+
+def _sent_at_once(computes: Iterable[Action], steps: list[_Step], wiring: _Wiring) -> tuple[Action, ...]:
+    """One group's list with every SEND behind its maker."""
+    result: list[Action] = []
+    for action, step in zip(computes, steps, strict=True):
+        result.append(action)
+        result.extend(_transfer(Kind.SEND, wiring.ports[port], action.micro_batch) for port in step.makes)
+    return tuple(result)
+
+
+def _sent_as_written(actions: Iterable[Action], steps: list[_Step], wiring: _Wiring) -> tuple[Action, ...]:
+    """The same where some SENDs are written: those stay, faulty ones too, and the others are added."""
+    to_come = Counter(action for action in actions if action.kind is Kind.SEND)
+    result: list[Action] = []
+    at = iter(steps)
+    for action in actions:
+        if action.kind is Kind.RECV:
+            continue
+        result.append(action)
+        if action.kind is Kind.SEND:
+            to_come[action] -= 1
+            continue
+        sends = (_transfer(Kind.SEND, wiring.ports[port], action.micro_batch) for port in next(at).makes)
+        result.extend(send for send in sends if not to_come[send])
+    return tuple(result)
 
 
 def _transfer(kind: Kind, port: Port, micro_batch: int) -> Action:
     return Action(kind, port.layer, micro_batch, port.edge, port.gradient)
 
 
-def _with_transfers(
+def _with_receives(
     actions: tuple[Action, ...],
     steps: list[_Step],
     wiring: _Wiring,
@@ -164,11 +206,15 @@ def _with_transfers(
     place: dict[int, int],
     received: list[int],
 ) -> tuple[Action, ...]:
-    """One group's list with its transfers; ``received`` counts, per channel, the receives emitted so far."""
+    """One group's list with its receives; ``received`` counts, per channel, the receives emitted so far."""
     result: list[Action] = []
-    for action, (needs, makes, _) in zip(actions, steps, strict=True):
+    at = iter(steps)
+    for action in actions:
+        if action.kind is Kind.SEND:
+            result.append(action)
+            continue
         micro_batch = action.micro_batch
-        for port in needs:
+        for port in next(at).needs:
             position = place.get(_item(port, micro_batch))
             if position is None:  # nobody makes it; keep the receive so that the verifier can name it
                 result.append(_transfer(Kind.RECV, wiring.ports[port], micro_batch))
@@ -178,18 +224,16 @@ def _with_transfers(
                 result.extend(sent[channel][received[channel] : position + 1])
                 received[channel] = position + 1
         result.append(action)
-        for port in makes:
-            result.append(_transfer(Kind.SEND, wiring.ports[port], micro_batch))
     return tuple(result)
 
 
 def post_receives(schedule: Schedule, *, ahead: int = 2) -> Schedule:
     """Move every RECV to before the ``ahead`` compute actions in front of it, or earlier.
 
-    A RECV goes earlier still where its message is made earlier in a nominal run (forward 1, backward 2, transfer 0.5):
-    it then stands before the first compute action that ends after the producer did. This is what makes the result
-    free of rendezvous deadlock: run in order of nominal end times, every SEND finds its RECV posted. Order on each
-    channel is kept.
+    A RECV goes earlier still where its message is sent earlier in a nominal run (forward 1, backward 2, transfer 0.5):
+    it then stands before the first compute action that ends after the one that the SEND follows. This is what makes
+    the result free of rendezvous deadlock: run in order of nominal end times, every SEND finds its RECV posted. Order
+    on each channel is kept.
 
     Args:
         schedule: with the transfers of ``add_communication``.
@@ -202,7 +246,7 @@ def post_receives(schedule: Schedule, *, ahead: int = 2) -> Schedule:
     if ahead < 0:
         raise ValueError(f"ahead is {ahead}; a receive cannot be posted after its consumer: use 0 or more")
     wiring = _Wiring(schedule)
-    ends, produced = _nominal_run(compute_only(schedule), wiring)
+    ends, produced = _nominal_run(schedule, wiring)
     return dataclasses.replace(
         schedule,
         actions={
@@ -217,14 +261,11 @@ _End = tuple[float, int]
 
 
 def _nominal_run(schedule: Schedule, wiring: _Wiring) -> tuple[dict[Group, list[_End]], dict[int, _End]]:
-    """Run a compute-only schedule with sends that never block: ends of each group's actions, and of items' makers.
+    """Run the compute actions with sends that never block: their ends, and of every item that of what it is sent after.
 
     Actions that can never start are left out.
     """
-    todo = {
-        group: [(action.micro_batch, *step) for action, step in zip(actions, wiring.steps(group, actions), strict=True)]
-        for group, actions in schedule.actions.items()
-    }
+    todo = {group: _nominal_steps(group, actions, wiring) for group, actions in schedule.actions.items()}
     ends: dict[Group, list[_End]] = {group: [] for group in todo}
     produced: dict[int, _End] = {}
     waiting: dict[int, Group] = {}
@@ -235,7 +276,7 @@ def _nominal_run(schedule: Schedule, wiring: _Wiring) -> tuple[dict[Group, list[
         mine, done = todo[group], ends[group]
         now = done[-1][0] if done else 0.0
         for position in range(len(done), len(mine)):
-            micro_batch, needs, makes, time = mine[position]
+            micro_batch, needs, sends, time = mine[position]
             for port in needs:
                 item = (port << 32) + micro_batch
                 if item not in produced:
@@ -248,8 +289,7 @@ def _nominal_run(schedule: Schedule, wiring: _Wiring) -> tuple[dict[Group, list[
                 taken += 1
                 end = now, taken
                 done.append(end)
-                for port in makes:
-                    item = (port << 32) + micro_batch
+                for item in sends:
                     produced.setdefault(item, end)
                     if item in waiting:
                         ready.append(waiting.pop(item))
@@ -257,6 +297,28 @@ def _nominal_run(schedule: Schedule, wiring: _Wiring) -> tuple[dict[Group, list[
             waiting[item] = group
             break
     return ends, produced
+
+
+def _nominal_steps(
+    group: Group, actions: Iterable[Action], wiring: _Wiring
+) -> list[tuple[int, tuple[int, ...], list[int], float]]:
+    """Of every compute action its micro-batch, the ports it needs, the items sent after it, and its time."""
+    computes: list[Action] = []
+    sends: list[list[int]] = []
+    for action in actions:
+        kind, layer, micro_batch, edge, gradient = action
+        if kind is Kind.SEND:
+            port = wiring.port(edge, gradient, layer)
+            if sends and port is not None:
+                sends[-1].append((port << 32) + micro_batch)
+        elif kind is not Kind.RECV:
+            computes.append(action)
+            sends.append([])
+    steps = wiring.steps(group, computes)
+    return [
+        (action.micro_batch, step.needs, sent, step.time)
+        for action, step, sent in zip(computes, steps, sends, strict=True)
+    ]
 
 
 def _reposted(

@@ -1,11 +1,13 @@
 """When everything in a schedule happens: its compute in the given order, its transfers over full-duplex ports.
 
 Each group has one sending and one receiving port. A transfer holds the sender's out port and the receiver's in port for
-as long as it takes; activations, gradients and repeated dispatches contend for them, first come, first served.
+as long as it takes; activations, gradients and repeated dispatches contend for them, first come, first served. A
+message comes when its sender sends it: as soon as it is made, or where the schedule has its SEND later, there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Schedule
-from megatron_disagmoe.schedules.orders import KINDS, B, D, F, I, Ints, Orders, W, group_of_stage
+from megatron_disagmoe.schedules.orders import KINDS, B, D, F, I, Ints, LateSends, Orders, W, group_of_stage
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.engine import Floats, Tasks, run
 from megatron_disagmoe.simulator.timeline import Span, Timeline
@@ -24,10 +26,12 @@ class Transfers:
     """The transfers that some orders make. All arrays have one entry a transfer.
 
     ``maker`` and ``user``: positions of the compute actions before and after it, ``user`` -1 where nobody needs it.
+    ``after``: position of the compute action after which it is sent; its maker, unless it is sent late.
     ``first_stage``: the stage its edge leaves in forward; ``stride``: 1 for M2N and N2M, 2 for a lane.
     """
 
     maker: Ints
+    after: Ints
     user: Ints
     sender: Ints
     receiver: Ints
@@ -69,30 +73,21 @@ def durations(orders: Orders, costs: StageCosts) -> Floats:
     again = np.flatnonzero(orders.kind == D)
     if len(again):
         stages = orders.stage[again] + 1
-        users = _positions(orders, B, I)[stages * orders.num_micro_batches + orders.micro_batch[again]]
+        users = orders.position(B, I)[stages * orders.num_micro_batches + orders.micro_batch[again]]
         more = np.array([costs.dispatched_again(stage, num_layers=layers) for stage in stages.tolist()])
         result[users[users >= 0]] += more[users >= 0]
     return result
-
-
-def _positions(orders: Orders, *kinds: int) -> Ints:
-    """Position of the action of one of ``kinds`` for each stage and micro-batch, -1 where there is none."""
-    n = orders.num_micro_batches
-    table = np.full((2 * orders.placement.num_layers + 1) * n, -1, np.int64)
-    at = np.flatnonzero(np.isin(orders.kind, kinds))
-    table[orders.stage[at] * n + orders.micro_batch[at]] = at
-    return table
 
 
 def transfers_of(orders: Orders, costs: StageCosts) -> Transfers:
     """Every transfer between two groups that costs time or port; lanes only where ``costs.lane`` is not 0."""
     n, last = orders.num_micro_batches, 2 * orders.placement.num_layers
     groups = group_of_stage(orders.placement)
-    forward, backward = _positions(orders, F), _positions(orders, B, I)
+    forward, backward = orders.position(F), orders.position(B, I)
     is_forward = orders.kind == F
     is_gradient = (orders.kind == B) | (orders.kind == I)
     edge_time = np.array([costs.edge(edge) for edge in range(last)])
-    parts: list[tuple[Ints, Ints, Ints, Ints, Ints, Ints, Floats]] = []
+    parts: list[tuple[Ints, Ints, Ints, Ints, Ints, Ints, Ints, Floats]] = []
 
     def add(maker: Ints, to: Ints, table: Ints, stride: int) -> None:
         stage, micro_batch = orders.stage[maker], orders.micro_batch[maker]
@@ -101,7 +96,7 @@ def transfers_of(orders: Orders, costs: StageCosts) -> Transfers:
         first = np.minimum(stage, to)
         time = edge_time[first] if stride == 1 else np.full(len(maker), costs.lane)
         user = table[to * n + micro_batch]
-        parts.append((maker, user, groups[stage], groups[to], first, np.full(len(maker), stride), time))
+        parts.append((maker, maker, user, groups[stage], groups[to], first, np.full(len(maker), stride), time))
 
     def add_stride(stride: int) -> None:
         even = (orders.stage % 2 == 0) | (stride == 1)
@@ -116,17 +111,42 @@ def transfers_of(orders: Orders, costs: StageCosts) -> Transfers:
         add(maker, orders.stage[maker] + 1, backward, 1)
     if costs.lane > 0:
         add_stride(2)
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Transfers(*columns)
+    made = Transfers(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return made if orders.late is None else _sent_late(made, orders.late, len(orders))
 
 
-def simulate_orders(orders: Orders, costs: StageCosts, *, compute: Floats | None = None) -> Run:
+def _sent_late(transfers: Transfers, late: LateSends, num_actions: int) -> Transfers:
+    """``transfers`` with what is sent late at the end, in the order of sending: the engine serves equals in order."""
+    number = np.full((3, num_actions), -1, np.int64)
+    number[transfers.stride, transfers.maker] = np.arange(len(transfers))
+    at = number[late.stride, late.maker]
+    costs = at >= 0  # a lane that costs nothing is no transfer here
+    after, turn = transfers.after.copy(), np.full(len(transfers), -1, np.int64)
+    after[at[costs]] = late.after[costs]
+    turn[at[costs]] = np.flatnonzero(costs)
+    order = np.argsort(turn, kind="stable")
+    moved = dataclasses.replace(transfers, after=after)
+    return Transfers(*(getattr(moved, field.name)[order] for field in dataclasses.fields(Transfers)))
+
+
+def simulate_orders(
+    orders: Orders,
+    costs: StageCosts,
+    *,
+    compute: Floats | None = None,
+    between: Floats | None = None,
+    latency: tuple[float, float] = (0.0, 0.0),
+) -> Run:
     """Run ``orders``; the light form of ``simulate``.
 
     Args:
         orders: what is computed, in which order.
         costs: of stages and transfers.
         compute: time of every compute action, where it is not what ``costs`` says (one entry an action of ``orders``).
+        between: what a group does after every action before it is free for the next, while that one's messages are
+            under way (one entry an action).
+        latency: from the moment when the ports are free again until the message can be used: of an M2N or its gradient,
+            and of an N2M or its.
 
     Raises:
         ValueError: where the orders wait for each other in a circle.
@@ -139,14 +159,24 @@ def simulate_orders(orders: Orders, costs: StageCosts, *, compute: Floats | None
     number = count + np.arange(len(transfers))
     used = transfers.user >= 0
     none = np.full(count, -1, np.int64)
+    pauses = np.zeros(0) if between is None else between[chain]
+    messages = np.flatnonzero(used & (transfers.stride == 1)) if any(latency) else np.empty(0, np.int64)
+    late = np.where(transfers.first_stage[messages] % 2 == 1, latency[1], latency[0])
+    extra = count + len(transfers) + np.arange(len(pauses) + len(messages))
+    freed = extra[: len(pauses)] if between is not None else chain
+    arrived = number.copy()
+    arrived[messages] = extra[len(pauses) :]
+    alone = np.full(len(extra), -1, np.int64)
     times = run(
         Tasks(
-            duration=np.concatenate((durations(orders, costs) if compute is None else compute, transfers.duration)),
-            first=np.concatenate((none, transfers.sender)),
-            second=np.concatenate((none, num_groups + transfers.receiver)),
-            priority=np.zeros(count + len(transfers), np.int64),
-            before=np.concatenate((chain, transfers.maker, number[used])),
-            after=np.concatenate((chain + 1, number, transfers.user[used])),
+            duration=np.concatenate(
+                (durations(orders, costs) if compute is None else compute, transfers.duration, pauses, late)
+            ),
+            first=np.concatenate((none, transfers.sender, alone)),
+            second=np.concatenate((none, num_groups + transfers.receiver, alone)),
+            priority=np.zeros(count + len(transfers) + len(extra), np.int64),
+            before=np.concatenate((chain[: len(pauses)], freed, transfers.after, number[messages], arrived[used])),
+            after=np.concatenate((extra[: len(pauses)], chain + 1, number, arrived[messages], transfers.user[used])),
             num_resources=2 * num_groups,
         )
     )
@@ -155,13 +185,13 @@ def simulate_orders(orders: Orders, costs: StageCosts, *, compute: Floats | None
         transfers=transfers,
         start=times.start[:count],
         end=times.end[:count],
-        transfer_start=times.start[count:],
-        transfer_end=times.end[count:],
+        transfer_start=times.start[count : count + len(transfers)],
+        transfer_end=times.end[count : count + len(transfers)],
     )
 
 
 def simulate(schedule: Schedule, costs: StageCosts) -> Timeline:
-    """Run a schedule; its own sends and receives are ignored, every transfer starts as early as it can.
+    """Run a schedule. Every transfer starts as early as it can once it is sent: when it is made, or at its late SEND.
 
     Raises:
         ValueError: where its compute actions wait for each other in a circle.

@@ -145,7 +145,7 @@ def test_for_people(tmp_path: Path) -> None:
         (["--kind", "best"], "--kind best: choose among interleaved-1f1b"),
         (["--kind", "sequential", "--split-backward"], "leave out --split-backward"),
         (["--group-size", "0"], "'--group-size'"),
-        (["--place-layers", "well"], "--place-layers well: choose round-robin or balanced"),
+        (["--place-layers", "well"], "--place-layers 'well' is no list of groups"),
         (["--frontier", "--frontier-caps", "3,x"], "--frontier-caps '3,x' is not a list of whole numbers"),
         (["--frontier", "--frontier-caps", "1,4"], "--frontier-caps: 1 is too low for any order; the least is 3"),
     ],

@@ -58,6 +58,7 @@ class Wires:
         self.baton = threading.Condition()
         self.wires: dict[tuple[str, int, int], Wire] = {}
         self.most_posted: dict[str, int] = {}
+        self.sent: dict[int, list[TransferKey]] = {}
         self.failed = False
 
     def between(self, channel: ChannelSpec, source: int, target: int) -> Wire:
@@ -76,6 +77,7 @@ class LocalTransport(Transport):
     ) -> SendHandle:
         check_message(channel, key, message, spec)
         wire = self.wires.between(channel, self.rank, peer)
+        self.wires.sent.setdefault(self.rank, []).append(key)
         wire.sent.append((key, message))
         wire.match()
         self.wires.baton.notify_all()
@@ -141,19 +143,24 @@ class Pipe:
     ffn_ranks: int = 1
     edge_specs: EdgeSpecs = field(default_factory=specs)
 
-    def run(self, *, steps: int = 1) -> dict[Role, list[Worker]]:
-        """Run the schedule on every rank; the workers of each step.
-
-        Raises:
-            Exception: the first that a rank raised.
-        """
-        topology = Topology(
+    @property
+    def topology(self) -> Topology:
+        """One replica."""
+        return Topology(
             placement=self.schedule.placement,
             attention_ranks=self.attention_ranks,
             ffn_ranks=self.ffn_ranks,
             replicas=1,
             redispatch=bool(redispatched(self.schedule)),
         )
+
+    def run(self, *, steps: int = 1) -> dict[Role, list[Worker]]:
+        """Run the schedule on every rank; the workers of each step.
+
+        Raises:
+            Exception: the first that a rank raised.
+        """
+        topology = self.topology
         self.wires = Wires()
         errors: list[Exception] = []
         workers: dict[Role, list[Worker]] = {}

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from megatron_disagmoe import builders
 from megatron_disagmoe.runtime.activations import Activations, Received
 from megatron_disagmoe.runtime.executor import Emit
-from megatron_disagmoe.schedules.actions import Action, Edge, Kind, Placement, Schedule, Side
+from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
 from megatron_disagmoe.schedules.dataflow import COMPUTE, Port, inputs, outputs, redispatched
-from megatron_disagmoe.schedules.verifier import ensure_safe
+from megatron_disagmoe.schedules.text import loads
+from megatron_disagmoe.schedules.verifier import FaultKind, ensure_safe, verify
 from megatron_disagmoe.topology import Role, Topology
-from megatron_disagmoe.transport.base import Message
+from megatron_disagmoe.transport.base import Message, TransferKey
 from tests.runtime.pipe import Pipe
 from tests.runtime.redispatch import redispatching
+from tests.schedules.strategies import sent_late
 
 _EDGES = list(Edge)
 
@@ -121,6 +123,46 @@ def test_every_stage_gets_what_it_needs(
     for channel, posted in report.peak_posted.items():
         name = f"{channel.edge.value}{'.grad' if channel.gradient else ''} {channel.sender}->{channel.receiver} r0"
         assert pipe.wires.most_posted[name] <= posted
+
+
+_built = st.builds(
+    _build, st.sampled_from(builders.KINDS), st.integers(1, 2), st.integers(1, 2), st.integers(2, 4), st.integers(1, 6)
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sent_late(_built))
+def test_messages_are_sent_where_their_send_stands(schedule: Schedule) -> None:
+    """Late or not: every rank sends in the order of its list, and receives posted in that order get what they name."""
+    report = verify(schedule)
+    if not report.ok:
+        assert report.counts.keys() == {FaultKind.DEADLOCK}  # sent too late
+        return
+    pipe = _pipe(report.schedule)
+    pipe.run()
+    for group, actions in report.schedule.actions.items():
+        sends = [action for action in actions if action.kind is Kind.SEND]
+        expected = [TransferKey(s.edge.value, s.gradient, s.layer, s.micro_batch) for s in sends if s.edge is not None]
+        assert pipe.wires.sent.get(pipe.topology.ranks(group, 0)[0], []) == expected
+
+
+def test_a_late_message_is_kept_until_its_send() -> None:
+    """The dispatch of micro-batch 0 leaves after the tail's gradient of micro-batch 1."""
+    schedule = ensure_safe(
+        loads(
+            "disagmoe-schedule 1\nattention-groups 1\nffn-groups 1\nmicro-batches 2\nforward-only no\nattention 0 0\n"
+            "ffn 0\nA0: F0.0 F0.1 F1.1 B1.1 >dN2M/0.1 >M2N/0.0 F1.0 B1.0 B0.1 B0.0\nF0: F0.1 B0.1 F0.0 B0.0\n"
+        )
+    ).schedule
+    pipe = _pipe(schedule)
+    pipe.run()
+    a0 = pipe.topology.ranks(Group(Side.A, 0), 0)[0]
+    assert [(key.edge, key.gradient, key.micro_batch) for key in pipe.wires.sent[a0]] == [
+        ("M2N", False, 1),
+        ("N2M", True, 1),
+        ("M2N", False, 0),
+        ("N2M", True, 0),
+    ]
 
 
 def test_a_custom_placement_runs() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 from hypothesis import strategies as st
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
+from megatron_disagmoe.schedules.lowering import add_communication
 
 _COMPUTE = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.D)
 _numbers = st.integers(0, 10**6)
@@ -100,3 +102,19 @@ def runnable_computes(draw: st.DrawFn) -> Schedule:
         actions={group: tuple(actions) for group, actions in lists.items()},
         parameters={},
     )
+
+
+@st.composite
+def sent_late(draw: st.DrawFn, schedules: st.SearchStrategy[Schedule]) -> Schedule:
+    """Schedules without RECVs, some of whose messages are sent later than they are made, maybe too late."""
+    schedule = add_communication(draw(schedules))
+    rng, share = random.Random(draw(st.integers(0, 2**32))), draw(st.sampled_from((0.1, 0.5, 1.0)))
+    lists: dict[Group, tuple[Action, ...]] = {}
+    for group, actions in schedule.actions.items():
+        mine = [action for action in actions if action.kind is not Kind.RECV]
+        for at in reversed(range(len(mine))):
+            if mine[at].kind is Kind.SEND and rng.random() < share:
+                to = rng.randint(at, min(at + rng.choice((2, 6, 20)), len(mine) - 1))
+                mine.insert(to, mine.pop(at))
+        lists[group] = tuple(mine)
+    return dataclasses.replace(schedule, actions=lists)

@@ -13,7 +13,7 @@ from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Place
 from megatron_disagmoe.schedules.lowering import add_communication, compute_only, lowered, post_receives
 from megatron_disagmoe.schedules.text import loads
 from tests.schedules.oracle import why_unsafe
-from tests.schedules.strategies import runnable_computes
+from tests.schedules.strategies import runnable_computes, sent_late
 
 HEAD = """\
 disagmoe-schedule 1
@@ -83,6 +83,30 @@ def test_receives_follow_the_order_of_sends() -> None:
     )
 
 
+def test_a_send_that_stands_later_stays_there() -> None:
+    """M2N of micro-batch 0 leaves after the gradient of the tail has; the receives follow the order of the sends."""
+    schedule = text(
+        "A0: F0.0 F0.1 F1.1 B1.1 >dN2M/0.1 >M2N/0.0 F1.0 B1.0 B0.1 B0.0\nF0: F0.1 B0.1 F0.0 B0.0\n",
+        attention="0 0",
+        ffn="0",
+        n=2,
+    )
+    sent = add_communication(schedule)
+    assert (
+        sent.actions
+        == text(
+            "A0: F0.0 F0.1 >M2N/0.1 <N2M/0.1 F1.1 B1.1 >dN2M/0.1 >M2N/0.0 <N2M/0.0 F1.0 B1.0 >dN2M/0.0 <dM2N/0.1 B0.1 "
+            "<dM2N/0.0 B0.0\n"
+            "F0: <M2N/0.1 F0.1 >N2M/0.1 <dN2M/0.1 B0.1 >dM2N/0.1 <M2N/0.0 F0.0 >N2M/0.0 <dN2M/0.0 B0.0 >dM2N/0.0\n",
+            attention="0 0",
+            ffn="0",
+            n=2,
+        ).actions
+    )
+    assert why_unsafe(post_receives(sent)) is None
+    assert add_communication(sent) == sent
+
+
 def test_ahead_counts_compute_actions() -> None:
     computes = "A0: F0.0 F0.1 F0.2 F1.0 F1.1 F1.2\nF0: F0.0 F0.1 F0.2\n"
     schedule = text(computes, attention="0 0", ffn="0", n=3, forward_only="yes")
@@ -110,6 +134,14 @@ def test_whatever_can_run_is_safe_once_lowered(schedule: Schedule, ahead: int) -
     for group, actions in ready.actions.items():
         assert Counter(actions) == Counter(communicating.actions[group])
     assert lowered(ready) is ready
+
+
+@given(sent_late(runnable_computes()))
+@settings(deadline=None)
+def test_sends_stay_where_they_are_written(schedule: Schedule) -> None:
+    ready = lowered(schedule)
+    for group, actions in ready.actions.items():
+        assert tuple(action for action in actions if action.kind is not Kind.RECV) == schedule.actions[group]
 
 
 @given(runnable_computes())

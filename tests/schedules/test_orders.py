@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from megatron_disagmoe import builders
 from megatron_disagmoe.schedules.actions import Action, Kind, Placement, Schedule
 from megatron_disagmoe.schedules.liveness import peak_live
+from megatron_disagmoe.schedules.lowering import compute_only, lowered
 from megatron_disagmoe.schedules.orders import Orders, in_micro_batch_order
 from megatron_disagmoe.schedules.verifier import verify
 from megatron_disagmoe.simulator.simulate import simulate_orders
+from tests.schedules.strategies import runnable_computes, sent_late
 
 COSTS = builders.NOMINAL_COSTS
 
@@ -78,3 +80,19 @@ def test_orders_are_read_and_written_back() -> None:
         costs=COSTS,
     )
     assert Orders.of(schedule).schedule(schedule.parameters) == schedule
+
+
+@given(sent_late(runnable_computes()))
+@settings(deadline=None)
+def test_late_sends_are_read_and_written_back(schedule: Schedule) -> None:
+    """Only those that are late are written; the others are derived again where they were."""
+    orders = Orders.of(schedule)
+    written = orders.schedule({})
+    assert sum(map(len, written.actions.values())) == len(orders) + (0 if orders.late is None else len(orders.late))
+    again = Orders.of(lowered(written))
+    assert np.array_equal(again.kind, orders.kind)
+    assert (again.late is None) == (orders.late is None)
+    if orders.late is not None and again.late is not None:
+        for name in ("maker", "stride", "after"):
+            assert np.array_equal(getattr(again.late, name), getattr(orders.late, name))
+    assert Orders.of(compute_only(schedule)).late is None

@@ -98,9 +98,19 @@ def test_peaks_by_hand() -> None:
             RING,
             ">M2N/0.0 >LANE/0.0 F0.1 >M2N/0.1",
             "F0.1 >M2N/0.1 >M2N/0.0 >LANE/0.0",
-            "send-overtakes",
-            "A0",
-            ">M2N/0.1",
+            "fifo-swap",
+            "F0",
+            "<M2N/0.0",
+        ),
+        (
+            RING.replace("<M2N/0.0 <M2N/0.1", "<M2N/0.1 <M2N/0.0").replace(
+                "<LANE/0.0 <N2M/0.0 <LANE/0.1", "<LANE/0.1 <N2M/0.0 <LANE/0.0"
+            ),
+            ">M2N/0.0 >LANE/0.0 F0.1 >M2N/0.1 >LANE/0.1",
+            "F0.1 >M2N/0.1 >LANE/0.1 >M2N/0.0 >LANE/0.0",  # in the order of the receives
+            None,
+            "",
+            "",
         ),
         (RING, "<M2N/0.0 <M2N/0.1 F0.0 >N2M/0.0", "<M2N/0.0 F0.0 >N2M/0.0 <M2N/0.1", None, "", ""),
     ],

@@ -14,7 +14,7 @@ from megatron_disagmoe.schedules.lowering import add_communication, compute_only
 from megatron_disagmoe.schedules.verifier import draw_grid, verify
 from tests.schedules.mutations import TRIED, mutated
 from tests.schedules.oracle import why_unsafe
-from tests.schedules.strategies import runnable_computes
+from tests.schedules.strategies import runnable_computes, sent_late
 
 
 @st.composite
@@ -32,6 +32,7 @@ valid_schedules = built() | runnable_computes().map(lowered)
 def agree(schedule: Schedule, *, max_live: int | None = None, max_posted: int | None = None) -> bool:
     """True where verifier and oracle both call it safe; fails where they differ."""
     report = verify(schedule, max_live=max_live, max_posted=max_posted)
+    schedule = report.schedule  # without a RECV left, transfers have been derived
     reason = why_unsafe(schedule, max_live=max_live, max_posted=max_posted)
     assert report.ok == (reason is None), f"oracle: {reason}; verifier: {report.explain()}"
     for fault in report.faults:
@@ -68,6 +69,23 @@ def test_mutated_compute_order(schedule: Schedule, data: st.DataObject) -> None:
     """Damage before the transfers are derived: lowering must neither hide it nor fall over it."""
     name, damaged = data.draw(mutated(compute_only(schedule)))
     TRIED[f"compute only: {name}", "safe, passed" if agree(lowered(damaged)) else "unsafe, caught"] += 1
+
+
+@given(sent_late(runnable_computes()))
+@settings(deadline=None, max_examples=300)
+def test_messages_sent_late(schedule: Schedule) -> None:
+    """Some wait for what cannot happen before they are sent; the others are safe."""
+    TRIED["sent late", "safe, passed" if agree(schedule) else "unsafe, caught"] += 1
+
+
+@given(sent_late(runnable_computes()), st.data())
+@settings(deadline=None, max_examples=300)
+def test_mutated_messages_sent_late(schedule: Schedule, data: st.DataObject) -> None:
+    """Damage before the receives are derived, and after."""
+    _, damaged = data.draw(mutated(schedule))
+    TRIED["sent late, then damaged", "safe, passed" if agree(lowered(damaged)) else "unsafe, caught"] += 1
+    _, damaged = data.draw(mutated(lowered(schedule)))
+    TRIED["sent late, then damaged", "safe, passed" if agree(damaged) else "unsafe, caught"] += 1
 
 
 @given(runnable_computes())

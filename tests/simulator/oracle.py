@@ -95,7 +95,29 @@ def schedule_tasks(schedule: Schedule, costs: StageCosts) -> dict[Name, Task]:
                         {before},
                     )
             position += 1
+    _send_late(schedule, tasks)
     return tasks
+
+
+def _send_late(schedule: Schedule, tasks: dict[Name, Task]) -> None:
+    """What is not sent right behind its maker waits for the compute action before its SEND; equals in list order."""
+    turn = 0
+    for group in schedule.placement.groups:
+        before: Name = ()
+        made: set[Name] = set()  # by ``before``; empty once something late was sent, which what follows is sent after
+        for action in schedule.actions.get(group, ()):
+            if action.kind in COMPUTE:
+                ports = outputs(group.side, action.kind, action.layer, num_layers=schedule.placement.num_layers)
+                before, made = (group, action), {(port, action.micro_batch) for port in ports}
+            elif action.kind is Kind.SEND:
+                assert action.edge is not None, "a transfer names its edge"
+                name: Name = (Port(action.edge, action.gradient, action.layer), action.micro_batch)
+                if name in made:
+                    continue
+                made = set()
+                turn += 1
+                if name in tasks:
+                    tasks[name].needs, tasks[name].index = {before}, (2, turn)
 
 
 def _is_transfer(schedule: Schedule, port: Port, costs: StageCosts) -> bool:

@@ -33,7 +33,6 @@ class FaultKind(enum.Enum):
     SEND_BEFORE_WORK = "send-before-work"
     RECEIVE_AFTER_USE = "receive-after-use"
     FIFO_SWAP = "fifo-swap"
-    SEND_OVERTAKES = "send-overtakes"
     TOO_MANY_POSTED = "too-many-posted"
     DEADLOCK = "deadlock"
     LIVE_OVER_CAP = "live-over-cap"

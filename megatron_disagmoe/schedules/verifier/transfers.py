@@ -58,7 +58,7 @@ def check_transfers(table: Table, work: Work, found: Findings, *, max_posted: in
     _check_work_order(table, found, send, receive, maker, user)
     both = np.flatnonzero((send >= 0) & (receive >= 0))
     channel = ports.channel[both // n]
-    _check_fifo(table, found, ports, channel, maker[both], send[both], receive[both])
+    _check_fifo(table, found, ports, channel, send[both], receive[both])
     used = both[user[both] > receive[both]]
     peak = _check_posted(table, found, ports, used, receive, user, max_posted=max_posted)
     both = both[user[both] >= 0]
@@ -136,10 +136,8 @@ def _check_work_order(table: Table, found: Findings, send: Ints, receive: Ints, 
         report(table, found, FaultKind.RECEIVE_AFTER_USE, node, message, other)
 
 
-def _check_fifo(
-    table: Table, found: Findings, ports: Ports, channel: Ints, maker: Ints, send: Ints, receive: Ints
-) -> None:
-    """The k-th receive of a channel must be for its k-th send, and that for the k-th message made."""
+def _check_fifo(table: Table, found: Findings, ports: Ports, channel: Ints, send: Ints, receive: Ints) -> None:
+    """The k-th receive of a channel must be for its k-th send."""
     by_send, by_receive = np.lexsort((send, channel)), np.lexsort((receive, channel))
     for at in found.first(FaultKind.FIFO_SWAP, by_send != by_receive):
         sent, node = int(send[by_send[at]]), int(receive[by_receive[at]])
@@ -148,16 +146,6 @@ def _check_fifo(
             f"{describe(table.action(node))} is posted"
         )
         report(table, found, FaultKind.FIFO_SWAP, node, message, sent)
-    # A runtime may send a message as soon as it is made, or at its SEND: the order must be the same.
-    channel, maker, send = channel[maker >= 0], maker[maker >= 0], send[maker >= 0]
-    by_send, by_maker = np.lexsort((send, channel)), np.lexsort((maker, channel))
-    for at in found.first(FaultKind.SEND_OVERTAKES, by_maker != by_send):
-        node, other = int(send[by_send[at]]), int(send[by_maker[at]])
-        message = (
-            f"{describe(table.action(node))} overtakes {describe(table.action(other))}, which was made first for "
-            f"channel {ports.channels[channel[by_send[at]]]}"
-        )
-        report(table, found, FaultKind.SEND_OVERTAKES, node, message, other)
 
 
 def _check_posted(
