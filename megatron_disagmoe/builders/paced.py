@@ -20,6 +20,7 @@ import numpy as np
 from numba import njit
 
 from megatron_disagmoe.builders.centred import Outward, centred
+from megatron_disagmoe.builders.search import LARGE
 from megatron_disagmoe.builders.timetable import NEVER, Steps, circle, give_back, most_alive, place, steps_of
 from megatron_disagmoe.schedules.actions import Placement
 from megatron_disagmoe.schedules.orders import B, F, Ints, Orders, sorted_orders
@@ -32,8 +33,9 @@ _MEMBERS = 4
 _LONGEST, _STEP = 1.6, 1.006
 #: Distances between the micro-batches of one period, as shares of it, beside those that the stages suggest.
 _SHARES = np.linspace(0.02, 0.5, 13)
-#: Timetables laid from the middle outwards: tries for each period, such timetables at most, steps that all may place.
-_TRIES, _CENTRES, _CENTRED = 400, 3, 12_000_000
+#: Timetables laid from the middle outwards: how many are taken, steps that all may place, tries for a period at first
+#: and then, and so many periods before the first that does.
+_CENTRES, _CENTRED, _FEW, _MANY, _BEFORE = 3, 10_000_000, 150, 1500, 12
 #: Steps that a search may place, that filling in at the ends of all timetables may, and to try one more filling.
 _EFFORT, _FILLING, _TRY = 6_000_000, 12_000_000, 300_000
 #: What it costs to note a step that is planned already, in steps placed.
@@ -71,7 +73,9 @@ def paced(workload: Workload, max_live: int) -> Iterator[tuple[Orders, dict[str,
     placement, n, paths = workload.placement, workload.num_micro_batches, Paths(workload)
     steps = steps_of(paths)
     effort = _FILLING
-    for timetable in timetables(paths, steps, max_live)[:_BEST]:
+    periods = _periods(paths, steps, max_live)
+    greedy, laid = timetables(paths, steps, periods, max_live), outward(paths, steps, periods, max_live)
+    for timetable in sorted(greedy[:_BEST] + laid[:_CENTRES], key=lambda timetable: timetable.makespan):
         about: dict[str, object] = {
             "period": timetable.period / steps.scale / len(timetable.releases),
             "members": len(timetable.releases),
@@ -99,22 +103,14 @@ def orders_of(placement: Placement, n: int, steps: Steps, times: Ints) -> Orders
     )
 
 
-def timetables(paths: Paths, steps: Steps, max_live: int) -> list[Timetable]:
-    """Those within the cap, the shortest first."""
+def timetables(paths: Paths, steps: Steps, periods: list[int], max_live: int) -> list[Timetable]:
+    """Those within the cap in which every step is as early as it can be, the shortest first."""
     n, alone = paths.workload.num_micro_batches, int(steps.alone[-1] + steps.duration[-1])
     found: list[Timetable] = []
     effort, best, laps = _EFFORT, NEVER, _laps(steps)
-    outward, trying, centres = Outward.of(steps), _CENTRED, 0
-    for period in _periods(paths, steps, laps, max_live):
+    for period in periods:
         if effort <= 0 or (n - 1) * period + alone >= best:
             break
-        if trying > 0 and centres < _CENTRES:
-            trying -= _TRIES * len(steps.duration)
-            times = centred(steps, outward, period, max_live, _TRIES)
-            if times is not None:
-                end = int(times[-1] + steps.duration[-1]) + (n - 1) * period
-                found.append(Timetable(times[None, :], np.zeros(1, np.int64), period, end))
-                best, centres = min(best, end), centres + 1
         for members in range(1, min(_MEMBERS, n) + 1):
             for apart in _distances(steps, laps, members * period) if members > 1 else [0]:
                 effort -= members * len(steps.duration)
@@ -123,6 +119,31 @@ def timetables(paths: Paths, steps: Steps, max_live: int) -> list[Timetable]:
                     found.append(timetable)
                     best = min(best, timetable.makespan)
     return sorted(found, key=lambda timetable: timetable.makespan)
+
+
+def outward(paths: Paths, steps: Steps, periods: list[int], max_live: int) -> list[Timetable]:
+    """Those within the cap that are laid from the middle of the way outwards, the shortest period first.
+
+    With few tries from the shortest period on until one is found; then with many for the periods just before that.
+    """
+    n, order = paths.workload.num_micro_batches, Outward.of(steps)
+    effort = _CENTRED // 4 if 2 * n * len(steps.group) > LARGE else _CENTRED
+    found: list[Timetable] = []
+
+    def has(period: int, tries: int) -> bool:
+        nonlocal effort
+        effort -= tries * len(steps.duration)
+        times = centred(steps, order, period, max_live, tries)
+        if times is not None:
+            end = int(times[-1] + steps.duration[-1]) + (n - 1) * period
+            found.append(Timetable(times[None, :], np.zeros(1, np.int64), period, end))
+        return times is not None
+
+    first = next((at for at, period in enumerate(periods) if effort > 0 and has(period, _FEW)), 0)
+    for period in periods[max(0, first - _BEFORE) : first][::-1]:
+        if effort > 0:
+            has(period, _MANY)
+    return sorted(found, key=lambda timetable: timetable.period)
 
 
 def _timetable(steps: Steps, releases: Ints, period: int, n: int, max_live: int) -> Timetable | None:
@@ -136,7 +157,7 @@ def _timetable(steps: Steps, releases: Ints, period: int, n: int, max_live: int)
     return Timetable(times, releases, period, int(ends.max()))
 
 
-def _periods(paths: Paths, steps: Steps, laps: set[tuple[int, int]], max_live: int) -> list[int]:
+def _periods(paths: Paths, steps: Steps, max_live: int) -> list[int]:
     """Periods per micro-batch to try, the shortest first.
 
     No shorter than the busiest resource needs, nor than the cap allows; some of them sums of laps.
@@ -145,7 +166,7 @@ def _periods(paths: Paths, steps: Steps, laps: set[tuple[int, int]], max_live: i
     shortest = max(steps.work, math.ceil(lives / max_live))
     count = math.floor(math.log(_LONGEST) / math.log(_STEP)) + 1
     tried = {round(shortest * _STEP**step) for step in range(count)}
-    for up, down in laps:
+    for up, down in _laps(steps):
         for x, y, z in itertools.product(range(5), range(5), range(1, 5)):
             total, rest = divmod(x * up + y * down, z)
             if shortest <= total <= _LONGEST * shortest:

@@ -12,6 +12,7 @@ that is the fill bound. It is more where an embedding makes A(0) longer than the
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 from megatron_disagmoe.simulator.workload import Paths, Workload
@@ -53,5 +54,10 @@ def _group(workload: Workload, paths: Paths, stages: list[int]) -> float:
 
 
 def _most(n: int, span: float, feeder: float, time: float) -> float:
-    """The most that is done in ``span`` of ``n`` pieces of ``time`` each, the k-th after (k + 1) ``feeder``."""
-    return sum(min(time, max(0.0, span - (k + 1) * feeder)) for k in range(n))
+    """The most that is done in ``span`` of ``n`` pieces of ``time``, the k-th (from 0) after (k + 1) ``feeder``."""
+    if feeder <= 0:
+        return n * min(time, max(0.0, span))
+    whole = min(n, max(0, math.floor((span - time) / feeder)))  # so many have all their time
+    begun = min(n, max(whole, math.ceil(span / feeder) - 1))  # and so many some of it
+    part = (begun - whole) * span - feeder * (begun * (begun + 1) - whole * (whole + 1)) / 2
+    return whole * time + part

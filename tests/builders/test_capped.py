@@ -22,19 +22,19 @@ from megatron_disagmoe.simulator.step_bound import step_bound
 RHYTHM = 2.0
 
 
-@pytest.mark.parametrize("transfer", [0.5, 1.0])
 @pytest.mark.parametrize(
-    ("p", "layers", "n", "caps"),
+    ("p", "layers", "n", "transfer", "caps"),
     [
-        (1, 6, 12, (8, 12, 20)),
-        (2, 8, 16, (5, 6, 9, 14, 22)),
-        (2, 13, 24, (8, 12, 17, 30)),
-        (3, 16, 24, (7, 11, 17, 30)),
-        (4, 30, 32, (9, 16, 40, 70, 100)),
-        (8, 94, 128, (40, 183, 250)),
+        (1, 6, 12, 0.5, (8, 12, 20)),
+        (2, 8, 16, 0.5, (5, 6, 9, 14)),
+        (2, 13, 24, 1.0, (8, 12, 17)),
+        (3, 16, 24, 0.5, (7, 17, 30)),
+        (4, 30, 32, 1.0, (40, 70)),
+        (8, 94, 128, 0.5, (183,)),
+        (8, 94, 128, 1.0, (183,)),
     ],
 )
-def test_no_cap_is_far_above_its_bound(p: int, layers: int, n: int, caps: tuple[int, ...], transfer: float) -> None:
+def test_no_cap_is_far_above_its_bound(p: int, layers: int, n: int, transfer: float, caps: tuple[int, ...]) -> None:
     placement = Placement.round_robin(num_layers=layers, num_attention_groups=p, num_ffn_groups=p)
     costs = StageCosts(attention=1, ffn=1, transfer=transfer)
     for cap in caps:
@@ -48,7 +48,7 @@ def test_no_cap_is_far_above_its_bound(p: int, layers: int, n: int, caps: tuple[
 def test_orders_are_judged_with_their_second_dispatches() -> None:
     """The best order without them is not the best with them."""
     placement = Placement.round_robin(num_layers=16, num_attention_groups=2, num_ffn_groups=2)
-    for cap, transfer in ((20, 0.5), (14, 0.7), (40, 0.9)):
+    for cap, transfer in ((20, 0.5), (14, 0.9)):
         costs = StageCosts(attention=1, ffn=1, transfer=transfer, recompute_ffn=1)
         made = builders.build(
             "interleaved-1f1b", placement, num_micro_batches=24, costs=costs, max_live=cap, redispatch=True
