@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def plan_by_trials(
     request = Request(
         request.model, request.cluster, request.job, executable_space(request.space), request.keep
     )
+    cores = os.cpu_count() or 1
+    if cores < request.cluster.num_gpus:
+        err_console.print(
+            f"{cores} cores for up to {request.cluster.num_gpus} processes: trials of more than {cores} share them, "
+            f"which predictions know nothing of",
+            highlight=False,
+        )
     with tempfile.TemporaryDirectory(prefix="disagmoe-profile-") as scratch:
         count = iter(range(1_000_000))
 
