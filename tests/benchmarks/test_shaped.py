@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from megatron_disagmoe.benchmarks.hosts import why_unavailable
 from megatron_disagmoe.benchmarks.shaped import options
 from megatron_disagmoe.benchmarks.shaped.cases import MODELS, ONE_COPY, VANILLA, af_variants
+from megatron_disagmoe.benchmarks.shaped.predict import busy_times
 from megatron_disagmoe.cli.bench import app
+from megatron_disagmoe.tracing.chrome import COMPUTE, SEND, WAIT, Event
 
 needs_hosts = pytest.mark.skipif(why_unavailable() is not None, reason=f"{why_unavailable()}")
 
@@ -100,3 +102,24 @@ def test_a_small_run(tmp_path: Path) -> None:
 
 def test_the_models_say_why() -> None:
     assert all(dataclasses.asdict(model)["why"] for model in MODELS.values())
+
+
+def test_what_a_rank_was_busy_with() -> None:
+    """Waits for two inputs, an action that sends before its end, one that waits for nothing, one that sends nothing."""
+
+    def event(category: str, name: str, start: int, end: int) -> Event:
+        return Event(category, name, 0, 0, -1, 0, start, end)
+
+    events = [
+        event(WAIT, "N2M", 10, 20),
+        event(WAIT, "LANE", 22, 25),
+        event(COMPUTE, "F", 27, 40),
+        event(SEND, "M2N", 36, 90),  # on its way long after the action
+        event(COMPUTE, "W", 44, 50),
+        event(WAIT, "dM2N", 53, 60),
+        event(COMPUTE, "B", 61, 75),
+        event(SEND, "dN2M", 70, 72),
+    ]
+    found = [(action.event.name, action.own, action.after) for action in busy_times(events)]
+    # F: 25 to 36, its end and the way to W 36 to 44; W has no message: 44 to 50, then 3 until the wait; B: 60 to 70
+    assert found == [("F", 11, 8), ("W", 6, 3), ("B", 10, 0)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from megatron_disagmoe.schedules.actions import Placement, Side
 from megatron_disagmoe.schedules.orders import KINDS, Orders
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.simulate import simulate_orders
-from megatron_disagmoe.tracing.chrome import COMPUTE, SEND
+from megatron_disagmoe.tracing.chrome import COMPUTE, SEND, WAIT, Event
 from megatron_disagmoe.tracing.merge import RankTrace, load_traces, match_transfers
 from megatron_disagmoe.tracing.predicted import fit_costs
 from megatron_disagmoe.tracing.report import NANO, Step, events_in, find_steps
@@ -28,9 +29,11 @@ class Predictor:
     """Simulates the steps of one AF-pipe run from its traces.
 
     Stage times are those of the very step: of every kind of action of every stage, the mean over micro-batches of what
-    its slowest rank took. A transfer takes what its bytes take on the link (headers and TCP's share of the
-    interface's count included), but no less than it took on the unlimited one; what a step does outside its stages
-    (optimizer, gradient norm) is added as measured.
+    its slowest rank took, with what the executor did between its messages and it. What the executor does between an
+    action and the next one's first wait holds up the rank, not the messages. A transfer holds its ports for what its
+    bytes take on the link (headers and TCP's share of the interface's count included) and arrives later by what a
+    message takes where the link has no limit: copies, handshakes and wake-ups, which the link spares nobody. What a
+    step does outside its stages (optimizer, gradient norm) is added as measured.
     """
 
     def __init__(self, traces: Path, variant: Variant, model: Model, hosts: int) -> None:
@@ -54,18 +57,20 @@ class Predictor:
         """
         steps = [self._steps[number] for number in numbers]
         costs = self.costs(numbers)
+        latency = 0.0, 0.0
         if link is not None:
             seconds = {
                 edge: self._bytes(edge, steps) * self._overhead(steps, taken) * 8e-9 / link for edge in ("M2N", "N2M")
             }
             if unlimited:
                 least = self.costs(unlimited)
-                seconds = {"M2N": max(seconds["M2N"], least.transfer), "N2M": max(seconds["N2M"], least.edge(1))}
+                latency = least.transfer, least.edge(1)
             costs = dataclasses.replace(costs, transfer=seconds["M2N"], combine=seconds["N2M"])
         simulated = []
         for step, window in zip(taken, steps, strict=True):
             outside = step.seconds - max((end - start) / NANO for start, end in window.windows.values())
-            run = simulate_orders(self._orders, costs, compute=self._compute(window))
+            compute, between = self._compute(window)
+            run = simulate_orders(self._orders, costs, compute=compute, between=between, latency=latency)
             simulated.append(run.makespan + max(0.0, outside))
         return 1e3 * median(simulated)
 
@@ -74,19 +79,21 @@ class Predictor:
         steps = [self._steps[number] for number in numbers]
         return fit_costs(self._ranks, self._in_steps(steps), steps)
 
-    def _compute(self, step: Step) -> NDArray[np.float64]:
-        """Seconds of every compute action of the schedule, by the stage times of ``step``."""
-        slowest: dict[tuple[str, int, int], float] = defaultdict(float)
+    def _compute(self, step: Step) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Seconds of every compute action of the schedule, and after it, by the times of ``step``."""
+        slowest: dict[tuple[str, int, int], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
         for trace in self._ranks:
-            for event in events_in(trace, step.windows[trace.rank]):
-                if event.category == COMPUTE:
-                    key = event.name, 2 * event.layer + (trace.group.side is Side.F), event.micro_batch
-                    slowest[key] = max(slowest[key], (event.end - event.start) / NANO)
-        stages: dict[tuple[str, int], list[float]] = defaultdict(list)
+            for action in busy_times(events_in(trace, step.windows[trace.rank])):
+                event = action.event
+                key = event.name, 2 * event.layer + (trace.group.side is Side.F), event.micro_batch
+                slowest[key] = max(slowest[key][0], action.own / NANO), max(slowest[key][1], action.after / NANO)
+        stages: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
         for (name, stage, _), seconds in slowest.items():
             stages[name, stage].append(seconds)
         orders = self._orders
-        return np.array([mean(stages[KINDS[k].value, s]) for k, s in zip(orders.kind, orders.stage, strict=True)])
+        found = [stages[KINDS[k].value, s] for k, s in zip(orders.kind, orders.stage, strict=True)]
+        own, after = (np.array([mean(each[i] for each in times) for times in found]) for i in (0, 1))
+        return own, after
 
     def _in_steps(self, steps: Sequence[Step]) -> list:
         windows = {rank: [step.windows[rank] for step in steps] for rank in steps[0].windows}
@@ -109,3 +116,37 @@ class Predictor:
         ffn = [trace for trace in self._ranks if trace.group.side is Side.F]
         payload = sum(event.num_bytes for trace in ffn for event in self._sent(trace, steps))
         return sum(step.bytes_sent[trace.rank] for step in taken for trace in ffn) / payload
+
+
+class Busy(NamedTuple):
+    """A compute action, in nanoseconds.
+
+    ``own``: from its last wait's end until its message leaves (its end, where it sends none); ``after``: from then on
+    until the rank waits for the next action's inputs.
+    """
+
+    event: Event
+    own: int
+    after: int
+
+
+def busy_times(events: Iterable[Event]) -> list[Busy]:
+    """A rank's compute actions in order."""
+    found: list[Busy] = []
+    made = 0  # when the message of the action before left
+    waited: int | None = None
+    last: Event | None = None
+    for event in sorted((e for e in events if e.category in (COMPUTE, WAIT, SEND)), key=lambda each: each.start):
+        if event.category == SEND:
+            if last is not None and event.start < last.end:
+                found[-1] = found[-1]._replace(own=found[-1].own - (made - event.start))
+                made = event.start
+            continue
+        if found and waited is None:
+            found[-1] = found[-1]._replace(after=event.start - made)
+        if event.category == WAIT:
+            waited = event.end
+            continue
+        found.append(Busy(event, event.end - (event.start if waited is None else waited), 0))
+        last, made, waited = event, event.end, None
+    return found
