@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from megatron_disagmoe.benchmarks.planner import _choice, emulated_cluster, emulated_model
+from megatron_disagmoe.cli import app
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import Allocation, Job, NodeLayout
 from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.cluster_spec import Calibration, Cluster
 from megatron_disagmoe.planner.evaluate import evaluate
 from megatron_disagmoe.planner.model_import import load_model
-from megatron_disagmoe.planner.plan_file import PlanFile
+from megatron_disagmoe.planner.plan_file import PlanFile, load_plan
 from megatron_disagmoe.planner.plan_making import plan_of
 from megatron_disagmoe.planner.planning import Request
 from megatron_disagmoe.planner.problem import Problem
@@ -151,6 +154,34 @@ def test_trials_need_this_machine() -> None:
     with pytest.raises(ValueError, match="h800-16x8"):
         check_machine(Request(load_model("quickstart"), load_cluster("h800-16x8"), Job(128, 16)))
     check_machine(Request(load_model("quickstart"), load_cluster("laptop"), Job(128, 16)))
+
+
+def test_the_command_runs_trials_fits_and_writes(tmp_path: Path) -> None:
+    """One real trial of one attention and one FFN process."""
+    plan, fitted = tmp_path / "plan.yaml", tmp_path / "cluster.yaml"
+    one = [f"--fix={name}=1" for name in ("attention_groups", "ffn_groups", "attention_ranks", "ffn_ranks")]
+    flags = ["--model", "quickstart", "--cluster", "laptop", "--seq-length", "64", "--global-batch-size", "8"]
+    trial = ["--profile", "--trials", "1", "--out", str(plan), "--cluster-out", str(fitted), "--json"]
+    result = CliRunner().invoke(app, ["plan", *flags, *one, *trial])
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    (tried,) = told["trials"]
+    assert told["step_time_s"] == tried["measured_s"] > 0
+    cluster = load_cluster(str(fitted))
+    assert cluster.pools[0].gpu.calibration.attention == told["calibration"]["attention"] != 1.0
+    assert verify_plan(load_plan(plan), load_model("quickstart"), load_cluster("laptop")) == []
+
+
+def test_a_failed_trial_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("job trial-0: exit codes [1]")
+
+    monkeypatch.setattr("megatron_disagmoe.profiling.command.run_trials", fail)
+    flags = ["--model", "quickstart", "--cluster", "laptop", "--seq-length", "64", "--global-batch-size", "8"]
+    one = [f"--fix={name}=1" for name in ("attention_groups", "ffn_groups", "attention_ranks", "ffn_ranks")]
+    result = CliRunner().invoke(app, ["plan", *flags, *one, "--profile"])
+    assert result.exit_code == 1
+    assert "--profile: job trial-0" in result.stderr
 
 
 def test_a_choice_holds_if_it_is_near_the_best() -> None:
