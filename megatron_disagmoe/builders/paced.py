@@ -127,7 +127,10 @@ def outward(paths: Paths, steps: Steps, periods: list[int], max_live: int) -> li
     With few tries from the shortest period on until one is found; then with many for the periods just before that.
     """
     n, order = paths.workload.num_micro_batches, Outward.of(steps)
-    effort = _CENTRED // 4 if 2 * n * len(steps.group) > LARGE else _CENTRED
+    size = 2 * n * len(steps.group)
+    if size > 2 * LARGE:  # no time for enough of them to find one
+        return []
+    effort = _CENTRED // 4 if size > LARGE else _CENTRED
     found: list[Timetable] = []
 
     def has(period: int, tries: int) -> bool:
