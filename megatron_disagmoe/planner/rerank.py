@@ -91,8 +91,9 @@ def rerank(*found: Found, progress: Callable[[int, int], None] | None = None) ->
     ]
     for number, evaluation in enumerate(sorted(every, key=lambda each: each.step_seconds)):
         chosen = evaluation.allocation.schedule
-        kinds = [kind for kind in evaluation.problem.space.schedules if kind != "sequential"]
-        kinds = kinds if chosen != "sequential" else [chosen]
+        kinds: list[ScheduleKind] = [chosen]
+        if chosen != "sequential":
+            kinds = [kind for kind in evaluation.problem.space.schedules if kind != "sequential"]
         results = {contest.enter(placed, kind) for placed in ways_to_place(evaluation) for kind in kinds}
         if "none fits" in results and "ranked" not in results:
             without.append(evaluation)
