@@ -71,8 +71,8 @@ def build(
     place_layers: Annotated[
         str,
         typer.Option(
-            help="round-robin (in-turn); balanced: fewer layers on the groups of a long tail and embedding; or the group "
-            "of every attention stage, the tail last, as in 0,1,0,1,1."
+            help="round-robin (in-turn); balanced: fewer layers on the groups of a long tail and embedding; or the "
+            "group of every attention stage, the tail last, as in 0,1,0,1,1."
         ),
     ] = "round-robin",
     frontier: Annotated[
