@@ -12,7 +12,7 @@ from megatron_disagmoe.planner.model_spec import ModelSpec
 from megatron_disagmoe.reproduction.constants import Constants
 from megatron_disagmoe.reproduction.hardware import calibrate
 from megatron_disagmoe.reproduction.systems.af_paper import Shape
-from megatron_disagmoe.reproduction.systems.af_search import best_paper
+from megatron_disagmoe.reproduction.systems.af_search import best_paper, least_paper
 from megatron_disagmoe.reproduction.systems.catalogue import AF_PIPE, baseline
 from megatron_disagmoe.reproduction.systems.choose import Task, best
 from megatron_disagmoe.reproduction.systems.result import Result
@@ -52,13 +52,15 @@ def task_of(cell: Cell, constants: Constants) -> Task:
     return Task.usual(with_top_k(load_model(cell.model), cell.top_k), cluster, cell.sequence, constants)
 
 
-def run_cell(cell: Cell, constants: Constants) -> Result | None:
-    """The system at its best; None where nothing fits.
+def run_cell(cell: Cell, constants: Constants, *, at_bound: bool = False) -> Result | None:
+    """The system at its best; None where nothing fits. ``at_bound``: AF-pipe at its lowest bound instead.
 
     Raises:
         ValueError: there is no such system.
     """
     task = task_of(cell, constants)
+    if cell.system == AF_PIPE and at_bound:
+        return least_paper(task, possible=cell.shapes or None)
     if cell.system == AF_PIPE:
         return best_paper(task, possible=cell.shapes or None, keep=cell.keep)
     return best(baseline(cell.system, constants), task)
@@ -66,11 +68,12 @@ def run_cell(cell: Cell, constants: Constants) -> Result | None:
 
 @dataclass
 class Lab:
-    """Results by cell. ``processes``: how many cells run at once; 1 stays in this process."""
+    """Results by cell. ``processes``: how many cells run at once; 1 stays in this process. ``at_bound``: see above."""
 
     constants: Constants = field(default_factory=Constants)
     processes: int = 1
     results: dict[Cell, Result | None] = field(default_factory=dict)
+    at_bound: bool = False
 
     @classmethod
     def on_all_cores(cls, constants: Constants | None = None) -> Lab:
@@ -84,10 +87,10 @@ class Lab:
         missing.sort(key=lambda cell: cell.system != AF_PIPE)
         if self.processes == 1 or len(missing) < 2:
             for cell in missing:
-                self.results[cell] = run_cell(cell, self.constants)
+                self.results[cell] = run_cell(cell, self.constants, at_bound=self.at_bound)
             return
         with ProcessPoolExecutor(min(self.processes, len(missing))) as pool:
-            futures = [pool.submit(run_cell, cell, self.constants) for cell in missing]
+            futures = [pool.submit(run_cell, cell, self.constants, at_bound=self.at_bound) for cell in missing]
             for cell, future in zip(missing, futures, strict=True):
                 self.results[cell] = future.result()
 

@@ -83,6 +83,34 @@ def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int
     return best
 
 
+def least_paper(task: Task, *, possible: Iterable[Shape] | None = None) -> Result | None:
+    """What ``best_paper`` could find at best: a step at the lowest bound of all shapes, with nothing exposed.
+
+    No schedule of any shape, within its memory, gets more tokens a second. None where nothing fits.
+    """
+    found = by_bound(each for _, each in chosen(task, shapes(task) if possible is None else possible))
+    if not found:
+        return None
+    best, shape = found[0], found[0].shape
+    seconds = bound_seconds(best)
+    return Result(
+        system="af-pipe",
+        step_seconds=seconds,
+        pipeline_seconds=seconds - best.synchronise_seconds,
+        exposed_seconds=0.0,
+        bubble_seconds=0.0,
+        peak_bytes=0.0,
+        tokens=best.batch * task.sequence,
+        num_gpus=task.cluster.num_gpus,
+        choice={
+            "attention": f"{shape.groups} x {shape.attention_ranks}",
+            "ffn": f"{shape.groups} x {shape.ffn_ranks}",
+            "gpus": shape.gpus,
+            "max_live": best.most_live,
+        },
+    )
+
+
 def bound_seconds(candidate: Evaluated) -> float:
     """No schedule of this allocation, within its memory, makes a shorter step; infinite where none fits."""
     shape = candidate.shape
