@@ -16,7 +16,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,8 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from megatron_disagmoe.free_port import free_port
 
 KILL_AFTER_SECONDS = 5.0
 """From SIGTERM to SIGKILL, for the ranks left when one has failed."""
@@ -138,7 +139,7 @@ def _run_one(job: Job, directory: Path) -> Result:
     directory.mkdir(parents=True, exist_ok=True)
     outputs = [directory / f"rank{rank}.log" for rank in range(job.world_size)]
     start = time.monotonic()
-    port = _free_port()
+    port = free_port()
     pids = [_fork_rank(job, rank, port, outputs[rank]) for rank in range(job.world_size)]
     codes: dict[int, int] = {}
     try:
@@ -257,9 +258,3 @@ def _members(group: int) -> list[int]:
                 if int(of_group) == group and state != "Z":
                     members.append(int(entry.name))
     return members
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

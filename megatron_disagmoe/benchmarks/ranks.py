@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from megatron_disagmoe.free_port import free_port
 
 _PORT_IN_HOST = 29500
 _END_SECONDS = 5.0
@@ -54,7 +55,7 @@ def run_ranks(
         RuntimeError: where a rank fails or is late, with the ends of the logs. All ranks have ended by then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = _PORT_IN_HOST if places[0].address != ThisMachine.address else _free_port()
+    port = _PORT_IN_HOST if places[0].address != ThisMachine.address else free_port()
     processes: list[subprocess.Popen[Any]] = []
     with contextlib.ExitStack() as logs:
         try:
@@ -96,9 +97,3 @@ def _end(processes: Sequence[subprocess.Popen[Any]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_disagmoe import patching
+from megatron_disagmoe.free_port import free_port
 from megatron_disagmoe.training_log import Step, TrainingLog
 
 ROOT = Path(__file__).parents[2]
@@ -104,9 +104,7 @@ def steps(outputs: list[str]) -> list[Step]:
 
 def run_ranks(world_size: int, command: list[str]) -> tuple[list[int], list[str]]:
     """Exit code and output of ``python COMMAND`` on every rank, as torchrun would start them; leaves no process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
