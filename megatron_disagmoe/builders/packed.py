@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_disagmoe.builders.paced import fill_in, orders_of, taken_by
+from megatron_disagmoe.builders.filling import fill_in, taken_by
+from megatron_disagmoe.builders.paced import orders_of
 from megatron_disagmoe.builders.timetable import NEVER, steps_of
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.live_bound import hills
