@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_disagmoe.planner.allocation import IN_TURN
 from megatron_disagmoe.planner.drift import Drift, Mixed
 from megatron_disagmoe.planner.explain import uses
 from megatron_disagmoe.planner.plan_file import MemoryRecord, PlanFile
@@ -56,6 +58,11 @@ def _lines(plan: PlanFile) -> Iterator[tuple[str, str]]:
     yield "FFN", f"{s.ffn_groups} groups x {s.ffn_ranks} ranks{etp}, {m.ffn_nics:g} NICs"
     replicas = f"{s.replicas} replicas" if s.replicas > 1 else "1 replica"
     yield "GPUs", f"{s.gpus} on {m.nodes} nodes ({m.layout}), {replicas}"
+    if way := plan.flags.get("--af-place-layers"):
+        *groups, tail = str(way).partition("/")[0].split(",")
+        held = Counter(groups)
+        counts = ", ".join(str(held[str(group)]) for group in range(s.attention_groups))
+        yield "layers", f"{counts} on the attention groups in turn, the output layer on group {tail}"
     b = plan.batch
     yield "batch", f"{b.global_batch_size} sequences, {b.micro_batches} micro-batches of {b.micro_batch_size}"
     cap = schedule.max_live or "none"
@@ -109,6 +116,7 @@ def rows_of_alternatives(outcome: Outcome) -> list[dict[str, Any]]:
                 "schedule": a.schedule,
                 "recompute_attention": a.recompute_attention.label,
                 "recompute_ffn": "redispatch" if a.redispatch else a.recompute_ffn.label,
+                "place_layers": a.place_layers,
                 "gpus": a.num_gpus,
             }
         )
@@ -121,10 +129,12 @@ def _alternatives(outcome: Outcome) -> Table:
         if row["over_best"] > 1:
             break  # so slow that it only says how few others fit
         tp, cp, etp = row["tensor_parallel"], row["context_parallel"], row["expert_tensor_parallel"]
+        placed = "" if row["place_layers"] == IN_TURN else ", placed"
         table.add_row(
             f"{row['step_time_s']:.4g} s",
             f"{row['over_best']:+.1%}",
-            f"{row['attention_groups']}x{row['attention_ranks']}{_cut(TP=tp, CP=cp)} {row['recompute_attention']}",
+            f"{row['attention_groups']}x{row['attention_ranks']}{_cut(TP=tp, CP=cp)} "
+            f"{row['recompute_attention']}{placed}",
             f"{row['ffn_groups']}x{row['ffn_ranks']}{_cut(ETP=etp)} {row['recompute_ffn']}",
             str(row["replicas"]),
             row["layout"],

@@ -35,19 +35,26 @@ class Use:
 def uses(ranked: Ranked) -> list[Use]:
     """Compute and ports of both sides, the most used first."""
     e = ranked.evaluation
-    a, problem, n = e.allocation, e.problem, e.num_micro_batches
-    layers = problem.num_layers
-    held_a, held_f = -(-layers // a.attention_groups), -(-layers // a.ffn_groups)
+    a, n, last = e.allocation, e.num_micro_batches, e.problem.num_layers
     m2n, n2m, lane = (float(each[0]) for each in (e.links.m2n, e.links.n2m, e.links.lane))
     again = m2n * a.redispatch
-    stages = [f + b for f, b in zip(e.costs.forward_times[::2], e.costs.backward_times[::2], strict=True)]
-    compute_a = max(sum(stages[g :: a.attention_groups]) for g in range(a.attention_groups))
-    compute_f = held_f * (e.costs.forward_times[1] + e.costs.backward_times[1])
+    times = [f + b for f, b in zip(e.costs.forward_times, e.costs.backward_times, strict=True)]
+    groups = e.placement.attention
+    compute, sending, receiving = (dict.fromkeys(groups, 0.0) for _ in range(3))
+    for stage, group in enumerate(groups):
+        # M2N and its gradient; what came before, and its gradient; residuals to and from the stages beside it
+        both = (stage < last) * m2n + (stage > 0) * n2m
+        beside = (*groups[max(0, stage - 1) : stage], *groups[stage + 1 : stage + 2])
+        both += lane * sum(other != group for other in beside)
+        compute[group] += times[2 * stage]
+        sending[group] += both + (stage < last) * again
+        receiving[group] += both
+    held_f = max(Counter(e.placement.ffn).values())
     busy = [
-        ("attention", "compute", compute_a),
-        ("attention", "sending", held_a * (m2n + n2m + 2 * lane + again)),
-        ("attention", "receiving", held_a * (m2n + n2m + 2 * lane)),
-        ("ffn", "compute", compute_f),
+        ("attention", "compute", max(compute.values())),
+        ("attention", "sending", max(sending.values())),
+        ("attention", "receiving", max(receiving.values())),
+        ("ffn", "compute", held_f * times[1]),
         ("ffn", "sending", held_f * (m2n + n2m)),
         ("ffn", "receiving", held_f * (m2n + n2m + again)),
     ]

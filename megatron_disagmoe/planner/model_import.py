@@ -22,7 +22,7 @@ def load_model(name_or_path: str) -> ModelSpec:
     path = find_config("models", name_or_path)
     text = read_text(path)
     if text.lstrip().startswith("--"):
-        return model_from_megatron(shlex.split(text, comments=True), name=path.stem, source=str(path))
+        return model_from_megatron(_words(text, source=str(path)), name=path.stem, source=str(path))
     content = parse_yaml(text, source=str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: neither a model description, nor a config.json, nor Megatron flags (which begin --)")
@@ -31,8 +31,19 @@ def load_model(name_or_path: str) -> ModelSpec:
     return validate(ModelSpec, content, source=str(path))
 
 
+def _words(text: str, *, source: str) -> list[str]:
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError as error:
+        raise ValueError(f"{source}: not a list of flags: {error}") from None
+
+
 def _folder_name(path: Path) -> str:
     return path.resolve().parent.name if path.stem == "config" else path.stem
+
+
+#: Most of anything that is counted, and of layers, which are gone through one by one.
+MOST, MOST_LAYERS = 10_000_000, 1000
 
 
 class _Fields:
@@ -54,12 +65,40 @@ class _Fields:
             raise ValueError(f"{self.source}: {' or '.join(names)}: missing")
         return value
 
-    def need_int(self, *names: str) -> int:
-        value = self.need(*names)
-        try:
-            return int(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{self.source}: {names[0]}: a whole number is needed (got {value!r})") from None
+    def need_int(self, *names: str, least: int = 0, most: int = MOST) -> int:
+        """A whole number; ``most`` keeps slips of the pen from being computed with."""
+        self.need(*names)
+        return self.whole(*names, least=least, most=most)
+
+    def whole(self, *names: str, default: int = 0, least: int = 0, most: int = MOST) -> int:
+        """A whole number that may be missing."""
+        name = next((name for name in names if self.values.get(name) is not None), names[0])
+        value = self.get(name, default=default)
+        number = _whole(value)
+        if number is None:
+            raise ValueError(f"{self.source}: {name}: a whole number is needed (got {value!r})")
+        if not least <= number <= most:
+            raise ValueError(f"{self.source}: {name}: a number from {least:,} to {most:,} is needed (got {value!r})")
+        return number
+
+    def listed(self, name: str) -> list[Any]:
+        """A list that may be missing."""
+        value = self.get(name, default=[])
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{self.source}: {name}: a list is needed (got {value!r})")
+        return list(value)
+
+
+def _whole(value: object) -> int | None:
+    """``value`` as a whole number; None where it is none: truth values, fractions, infinity."""
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        return None
+    if not isinstance(value, int | float | str):
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        return None
 
 
 def model_from_huggingface(config: Mapping[str, Any], *, name: str, source: str = "config.json") -> ModelSpec:
@@ -75,11 +114,9 @@ def model_from_huggingface(config: Mapping[str, Any], *, name: str, source: str 
             f"{source}: n_routed_experts, num_local_experts, num_experts: all missing; no mixture of experts"
         )
     model_type = str(f.get("model_type", default=""))
-    num_layers = f.need_int("num_hidden_layers")
-    moe_hidden = f.get("moe_intermediate_size", "intermediate_size")
-    shared = f.get("shared_expert_intermediate_size")
-    if shared is None:
-        shared = int(f.get("n_shared_experts", default=0)) * int(moe_hidden or 0)
+    num_layers = f.need_int("num_hidden_layers", least=1, most=MOST_LAYERS)
+    moe_hidden = f.need_int("moe_intermediate_size", "intermediate_size", least=1)
+    shared = f.whole("shared_expert_intermediate_size", default=f.whole("n_shared_experts") * moe_hidden)
     dense = _huggingface_dense_layers(f, num_layers)
     is_gpt_oss = model_type == "gpt_oss"
     content = {
@@ -90,52 +127,60 @@ def model_from_huggingface(config: Mapping[str, Any], *, name: str, source: str 
         "vocab_size": f.need_int("vocab_size"),
         "tied_embeddings": bool(f.get("tie_word_embeddings", default=False)),
         "dense_layers": dense,
-        "dense_ffn_hidden_size": f.get("intermediate_size", default=0) if dense else 0,
+        "dense_ffn_hidden_size": f.need_int("intermediate_size", least=1) if dense else 0,
         "attention": _huggingface_attention(f, model_type, num_layers),
         "moe": {
-            "num_experts": experts,
-            "top_k": f.need("num_experts_per_tok", "experts_per_token"),
-            "ffn_hidden_size": f.need("moe_intermediate_size", "intermediate_size"),
+            "num_experts": f.need_int("n_routed_experts", "num_local_experts", "num_experts", least=1),
+            "top_k": f.need_int("num_experts_per_tok", "experts_per_token", least=1),
+            "ffn_hidden_size": moe_hidden,
             "shared_ffn_hidden_size": shared,
             "shared_gate": f.get("shared_expert_intermediate_size") is not None,
             "expert_bias": is_gpt_oss,
             "router_bias": is_gpt_oss or f.get("topk_method") == "noaux_tc",
-            "num_groups": f.get("n_group", default=1),
-            "topk_groups": f.get("topk_group", default=1),
+            "num_groups": f.whole("n_group", default=1, least=1),
+            "topk_groups": f.whole("topk_group", default=1, least=1),
         },
     }
     return validate(ModelSpec, content, source=source)
 
 
 def _huggingface_dense_layers(f: _Fields, num_layers: int) -> tuple[int, ...]:
-    first = int(f.get("first_k_dense_replace", default=0))
-    every = int(f.get("moe_layer_freq", "decoder_sparse_step", default=1))
-    listed = set(f.get("mlp_only_layers", default=()))
+    first = f.whole("first_k_dense_replace")
+    every = f.whole("moe_layer_freq", "decoder_sparse_step", default=1, least=1)
+    listed = [_whole(each) for each in f.listed("mlp_only_layers")]
+    if None in listed:
+        raise ValueError(f"{f.source}: mlp_only_layers: whole numbers are needed (got {f.get('mlp_only_layers')!r})")
     # Qwen counts from 1 (layer i is sparse if (i + 1) % step == 0), DeepSeek from 0.
     shift = 1 if "decoder_sparse_step" in f.values else 0
     return tuple(i for i in range(num_layers) if i < first or (i + shift) % every or i in listed)
 
 
 def _huggingface_attention(f: _Fields, model_type: str, num_layers: int) -> dict[str, Any]:
-    heads = f.need_int("num_attention_heads")
+    heads = f.need_int("num_attention_heads", least=1)
     if f.get("kv_lora_rank") is not None:
         return {
             "kind": "mla",
             "num_heads": heads,
-            "q_lora_rank": f.get("q_lora_rank", default=0),
-            "kv_lora_rank": f.need("kv_lora_rank"),
-            "qk_head_dim": f.need("qk_nope_head_dim"),
-            "qk_rope_dim": f.need("qk_rope_head_dim"),
-            "v_head_dim": f.need("v_head_dim"),
+            "q_lora_rank": f.whole("q_lora_rank"),
+            "kv_lora_rank": f.need_int("kv_lora_rank", least=1),
+            "qk_head_dim": f.need_int("qk_nope_head_dim", least=1),
+            "qk_rope_dim": f.need_int("qk_rope_head_dim", least=1),
+            "v_head_dim": f.need_int("v_head_dim", least=1),
         }
     is_qwen2, is_gpt_oss = model_type == "qwen2_moe", model_type == "gpt_oss"
-    window = f.get("sliding_window", default=0) if f.get("use_sliding_window", default=True) else 0
-    kinds = f.get("layer_types", default=["sliding_attention" if window else "full_attention"])
+    window = f.whole("sliding_window") if f.get("use_sliding_window", default=True) else 0
+    kinds = f.listed("layer_types") or ["sliding_attention" if window else "full_attention"] * num_layers
+    unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
+    if unknown or len(kinds) != num_layers:
+        raise ValueError(
+            f"{f.source}: layer_types: sliding_attention or full_attention for each of {num_layers} layers is needed "
+            f"(got {len(kinds)} entries{f', {unknown[0]!r} among them' if unknown else ''})"
+        )
     return {
         "kind": "gqa",
         "num_heads": heads,
-        "num_query_groups": f.get("num_key_value_heads", default=heads),
-        "head_dim": f.get("head_dim", default=f.need_int("hidden_size") // heads),
+        "num_query_groups": f.whole("num_key_value_heads", default=heads, least=1),
+        "head_dim": f.whole("head_dim", default=f.need_int("hidden_size") // heads, least=1),
         "qk_norm": model_type.startswith("qwen3"),
         "qkv_bias": bool(f.get("attention_bias", default=is_qwen2)),
         "output_bias": bool(f.get("attention_bias", default=False)),
@@ -191,10 +236,12 @@ def model_from_values(flags: Mapping[str, Any], *, name: str, source: str = "Meg
         ValueError: a flag is missing or wrong, or the model has no experts.
     """
     f = _Fields({f"--{key.replace('_', '-')}": value for key, value in flags.items()}, source)
-    num_layers = f.need_int("--num-layers")
-    hidden = f.need_int("--hidden-size")
+    num_layers = f.need_int("--num-layers", least=1, most=MOST_LAYERS)
+    hidden = f.need_int("--hidden-size", least=1)
     gated = bool(f.get("--swiglu"))
-    ffn = int(f.get("--ffn-hidden-size", default=int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden))
+    ffn = f.whole(
+        "--ffn-hidden-size", default=int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden, most=10 * MOST
+    )
     bias = not f.get("--disable-bias-linear")
     dense = _megatron_dense_layers(f, num_layers)
     learned = f.get("--position-embedding-type", default="learned_absolute") == "learned_absolute"
@@ -213,14 +260,14 @@ def model_from_values(flags: Mapping[str, Any], *, name: str, source: str = "Meg
         "dense_ffn_hidden_size": ffn if dense else 0,
         "attention": _megatron_attention(f, hidden, bias=bias),
         "moe": {
-            "num_experts": f.need("--num-experts"),
-            "top_k": f.get("--moe-router-topk", default=2),
-            "ffn_hidden_size": f.get("--moe-ffn-hidden-size", default=ffn),
-            "shared_ffn_hidden_size": f.get("--moe-shared-expert-intermediate-size", default=0),
+            "num_experts": f.need_int("--num-experts", least=1),
+            "top_k": f.whole("--moe-router-topk", default=2, least=1),
+            "ffn_hidden_size": f.whole("--moe-ffn-hidden-size", default=ffn, least=1),
+            "shared_ffn_hidden_size": f.whole("--moe-shared-expert-intermediate-size"),
             "shared_gate": bool(f.get("--moe-shared-expert-gate")),
             "expert_bias": bias,
-            "num_groups": f.get("--moe-router-num-groups", default=1),
-            "topk_groups": f.get("--moe-router-group-topk", default=1),
+            "num_groups": f.whole("--moe-router-num-groups", default=1, least=1),
+            "topk_groups": f.whole("--moe-router-group-topk", default=1, least=1),
         },
     }
     return validate(ModelSpec, content, source=source)
@@ -229,29 +276,29 @@ def model_from_values(flags: Mapping[str, Any], *, name: str, source: str = "Meg
 def _padded_vocabulary(f: _Fields) -> int:
     if f.get("--padded-vocab-size") is not None:
         return f.need_int("--padded-vocab-size")
-    multiple = int(f.get("--make-vocab-size-divisible-by", default=128))
-    multiple *= int(f.get("--tensor-model-parallel-size", default=1))
+    multiple = f.whole("--make-vocab-size-divisible-by", default=128, least=1)
+    multiple *= f.whole("--tensor-model-parallel-size", default=1, least=1)
     return -(-f.need_int("--vocab-size") // multiple) * multiple
 
 
 def _megatron_attention(f: _Fields, hidden: int, *, bias: bool) -> dict[str, Any]:
-    heads = f.need_int("--num-attention-heads")
+    heads = f.need_int("--num-attention-heads", least=1)
     if f.get("--multi-latent-attention"):
         return {
             "kind": "mla",
             "num_heads": heads,
-            "q_lora_rank": f.get("--q-lora-rank", default=0),
-            "kv_lora_rank": f.get("--kv-lora-rank", default=32),
-            "qk_head_dim": f.get("--qk-head-dim", default=128),
-            "qk_rope_dim": f.get("--qk-pos-emb-head-dim", default=64),
-            "v_head_dim": f.get("--v-head-dim", default=128),
+            "q_lora_rank": f.whole("--q-lora-rank"),
+            "kv_lora_rank": f.whole("--kv-lora-rank", default=32, least=1),
+            "qk_head_dim": f.whole("--qk-head-dim", default=128, least=1),
+            "qk_rope_dim": f.whole("--qk-pos-emb-head-dim", default=64, least=1),
+            "v_head_dim": f.whole("--v-head-dim", default=128, least=1),
         }
     grouped = f.get("--group-query-attention")
     return {
         "kind": "gqa",
         "num_heads": heads,
-        "num_query_groups": f.get("--num-query-groups", default=1) if grouped else heads,
-        "head_dim": f.get("--kv-channels", default=hidden // heads),
+        "num_query_groups": f.whole("--num-query-groups", default=1, least=1) if grouped else heads,
+        "head_dim": f.whole("--kv-channels", default=hidden // heads, least=1),
         "qk_norm": bool(f.get("--qk-layernorm")),
         "qkv_bias": bias or bool(f.get("--add-qkv-bias")),
         "output_bias": bias,
@@ -265,12 +312,17 @@ def _megatron_windows(f: _Fields) -> tuple[int, ...]:
         return (0,)
     numbers = _evaluate(f, "--window-size", size)
     # Megatron's window (left, right) leaves out the token itself.
-    window = (numbers[0] if isinstance(numbers, list | tuple) else numbers) + 1
+    left = numbers if isinstance(numbers, int) else (numbers or [None])[0]
+    if not isinstance(left, int):
+        raise ValueError(f"{f.source}: --window-size: one number or LEFT,RIGHT is needed (got {size!r})")
+    window = left + 1
     skip = f.get("--window-attn-skip-freq")
     if skip is None:
         return (window,)
     pattern = _evaluate(f, "--window-attn-skip-freq", skip)
     if isinstance(pattern, int):
+        if not 1 <= pattern <= MOST_LAYERS:
+            raise ValueError(f"{f.source}: --window-attn-skip-freq: a number from 1 to {MOST_LAYERS:,} is needed")
         return tuple(0 if (i + 1) % pattern == 0 else window for i in range(pattern))
     return tuple(window if each else 0 for each in pattern)
 

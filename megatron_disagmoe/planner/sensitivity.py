@@ -79,10 +79,32 @@ def variations(request: Request) -> Iterator[tuple[str, Request]]:
     job = request.job
     yield "twice the batch", replace(request, job=replace(job, global_batch_size=2 * job.global_batch_size))
     yield "busiest FFN rank 1.3 x the mean", replace(request, job=replace(job, imbalance=job.imbalance * 1.3))
+    for change, constrained in _constraints(space):
+        yield change, replace(request, space=constrained)
     for level in state_levels(cluster.pools[0].gpu.dtype):
         if space.bytes_per_parameter is None:
             fixed = replace(space, bytes_per_parameter=(level.total,))
             yield f"{level.total} bytes a parameter", replace(request, space=fixed)
+
+
+def _constraints(space: Space) -> Iterator[tuple[str, Space]]:
+    """Each constraint the other way round, and all choices free where some are fixed."""
+    for name, on, off in (
+        ("whole_nodes", "whole nodes only", "nodes may be half used"),
+        ("asymmetric", "unequal depths too", "equal depths only"),
+        ("distributed_optimizer", "with a distributed optimizer", "no distributed optimizer"),
+    ):
+        is_on = getattr(space, name)
+        changed: dict[str, Any] = {name: not is_on}
+        yield off if is_on else on, replace(space, **changed)
+    free = Space(
+        asymmetric=space.asymmetric,
+        whole_nodes=space.whole_nodes,
+        distributed_optimizer=space.distributed_optimizer,
+        bytes_per_parameter=space.bytes_per_parameter,
+    )
+    if free != space:
+        yield "every other choice free", free
 
 
 def sensitivity(request: Request, *, progress: Callable[[str], None] | None = None) -> list[Variation]:

@@ -47,3 +47,16 @@ def allocation(**changes: Any) -> Allocation:
         "group_size": 8,
     }
     return Allocation(**(sizes | changes))
+
+
+def ideal_cluster(*, memory_gb: float = 80) -> Cluster:
+    """Everything at peak, no latency, no overhead, memory infinitely fast."""
+    cluster = load_cluster("h800-16x8")
+    curve = ((1.0, 1.0),)
+    curves: dict[str, Any] = {"forward": curve, "backward": curve}
+    gpu = cluster.pools[0].gpu.model_dump()
+    gpu |= {"stage_overhead_us": 0, "memory_bandwidth_gb_per_s": 1e15, "memory_gb": memory_gb}
+    gpu["efficiency"] = {"gemm": curve, "grouped_gemm": curve, "attention": {128: curves}, "memory": 1.0}
+    pool = cluster.pools[0].model_dump() | {"gpu": gpu}
+    network = cluster.network.model_dump() | {"efficiency": 1.0, "latency_us": 0, "local_latency_us": 0}
+    return Cluster.model_validate(cluster.model_dump() | {"pools": [pool], "network": network})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def test_a_bad_model_names_the_field(change: dict[str, Any], field: str, tmp_pat
             "num-e",
         ),
         ('{"model_type": "llama", "num_hidden_layers": 2}', "no mixture of experts"),
+        ("--num-layers 2 --data-path 'here", "not a list of flags: No closing quotation"),
     ],
 )
 def test_a_bad_file_says_why(text: str, message: str, tmp_path: Path) -> None:
@@ -229,3 +231,61 @@ def test_a_config_without_heads_names_the_field() -> None:
     config = {key: value for key, value in QWEN3_CONFIG.items() if key != "num_attention_heads"}
     with pytest.raises(ValueError, match="num_attention_heads: missing"):
         model_from_huggingface(config, name="qwen")
+
+
+BAD_VALUES: tuple[Any, ...] = ("many", -1, 0, 1.5, 10**12, float("nan"), float("inf"), [], [[]], {}, True)
+#: What may be written beside numbers, or may be empty or zero.
+LENIENT = {"architectures", "model_type", "tie_word_embeddings", "use_sliding_window", "topk_method", "attention_bias"}
+
+
+def _refusal(imported: Callable[..., ModelSpec], described: object) -> str:
+    """What is said of a bad description; empty where it is taken."""
+    try:
+        imported(described, name="bad")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("config", [QWEN3_CONFIG, DEEPSEEK_V3_CONFIG, GPT_OSS_CONFIG], ids=lambda c: c["model_type"])
+def test_nothing_in_a_hugging_face_config_breaks_the_import(config: dict[str, Any]) -> None:
+    """Whatever a field holds, the import takes it or names that field; nothing is computed with an absurd number."""
+    refused = 0
+    for field in config.keys() - LENIENT:
+        for value in BAD_VALUES:
+            said = _refusal(model_from_huggingface, config | {field: value})
+            refused += bool(said)
+            assert not said or any(name in said for name in (field, "moe", "dense_layers", "num_query_groups")), said
+    assert refused > 0.7 * len(config.keys() - LENIENT) * len(BAD_VALUES)
+
+
+def test_an_unknown_kind_of_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="layer_types.*'linear_attention' among them"):
+        model_from_huggingface(GPT_OSS_CONFIG | {"layer_types": ["linear_attention"] * 36}, name="next")
+    with pytest.raises(ValueError, match=r"layer_types.*36 layers.*got 2 entries"):
+        model_from_huggingface(GPT_OSS_CONFIG | {"layer_types": ["full_attention"] * 2}, name="short")
+
+
+MEGATRON_FLAGS = """--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
+    --kv-channels 16 --vocab-size 1000 --make-vocab-size-divisible-by 128 --tensor-model-parallel-size 1
+    --max-position-embeddings 32 --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32 --ffn-hidden-size 128
+    --moe-shared-expert-intermediate-size 32 --moe-router-num-groups 2 --moe-router-group-topk 2 --window-size 7,0
+    --window-attn-skip-freq 2 --moe-layer-freq 2""".split()
+
+
+def test_nothing_in_megatron_flags_breaks_the_import() -> None:
+    """As above, for the values of a training command."""
+    model_from_megatron(MEGATRON_FLAGS, name="good")
+    refused = 0
+    for at, flag in enumerate(MEGATRON_FLAGS):
+        if not flag.startswith("--") or flag == "--group-query-attention":
+            continue
+        for value in ("many", "-1", "0", "1.5", "1000000000000", "nan", "inf", "[]", "[[]]", "([0]*99999999999)"):
+            words = list(MEGATRON_FLAGS)
+            words[at + 1] = value
+            said = _refusal(model_from_megatron, words)
+            refused += bool(said)
+            plain = flag.removeprefix("--").replace("-", "_")
+            named = (flag, plain, "moe", "num_query_groups", "sliding_windows", "dense_layers")
+            assert not said or any(name in said for name in named), said
+    assert refused > 120

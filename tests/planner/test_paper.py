@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 
-from megatron_disagmoe.planner.cluster_import import load_cluster
-from megatron_disagmoe.planner.cluster_spec import Cluster
 from megatron_disagmoe.planner.evaluate import evaluate
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.paper_roofline import (
@@ -22,7 +19,7 @@ from megatron_disagmoe.planner.paper_roofline import (
     solve_milp,
     utilisation,
 )
-from tests.planner.problems import allocation, problem
+from tests.planner.problems import allocation, ideal_cluster, problem
 
 
 def test_the_integer_program_equals_enumeration() -> None:
@@ -56,25 +53,12 @@ def test_the_papers_intensities_rank_qwen3_at_4k_the_other_way_round_than_its_me
     assert ffn_intensity(model) > attention_intensity(model, 4096)
 
 
-def _ideal_cluster() -> Cluster:
-    """Everything at peak, no latency, no overhead, memory infinitely fast."""
-    cluster = load_cluster("h800-16x8")
-    curve = ((1.0, 1.0),)
-    curves: dict[str, Any] = {"forward": curve, "backward": curve}
-    gpu = cluster.pools[0].gpu.model_dump()
-    gpu |= {"stage_overhead_us": 0, "memory_bandwidth_gb_per_s": 1e15}
-    gpu["efficiency"] = {"gemm": curve, "grouped_gemm": curve, "attention": {128: curves}, "memory": 1.0}
-    pool = cluster.pools[0].model_dump() | {"gpu": gpu}
-    network = cluster.network.model_dump() | {"efficiency": 1.0, "latency_us": 0, "local_latency_us": 0}
-    return Cluster.model_validate(cluster.model_dump() | {"pools": [pool], "network": network})
-
-
 @pytest.mark.parametrize("sequence", [4096, 32768])
 def test_our_model_becomes_the_papers(sequence: int) -> None:
     model = load_model("qwen3-235b-a22b")
     c = coefficients(model)
     a = allocation(attention_groups=1, ffn_groups=1, attention_ranks=8, ffn_ranks=16, dispatch="per-expert")
-    e = evaluate(problem("qwen3-235b-a22b", _ideal_cluster(), sequence=sequence), a)
+    e = evaluate(problem("qwen3-235b-a22b", ideal_cluster(), sequence=sequence), a)
     # A micro-batch is one sequence on each of the 8 attention ranks.
     peak, nic = 989.4e12, 400e9 / 8
     assert e.costs.forward_times[2] == pytest.approx(8 * c.attention_flops(sequence) / (8 * peak), rel=1e-6)
