@@ -42,6 +42,7 @@ class Case:
     bound: str = "fill"
     max_live: int | None = None
     max_seconds: float | None = None
+    order_messages: bool = False
 
 
 def cases() -> Iterator[Case]:
@@ -99,7 +100,8 @@ def _unbalanced() -> Iterator[Case]:
         costs = StageCosts(attention=attention, ffn=ffn, transfer=0.8)
         yield Case("unbalanced", "interleaved-1f1b", _ring(32, 4, 4), 32, costs, 1.005)
     costs = StageCosts(attention=1, ffn=1, transfer=1.5)
-    yield Case("network-bound", "interleaved-1f1b", _ring(32, 4, 4), 64, costs, 1.045)
+    for ordered in (False, True):
+        yield Case("network-bound", "interleaved-1f1b", _ring(32, 4, 4), 64, costs, 1.045, order_messages=ordered)
 
 
 def _asymmetric() -> Iterator[Case]:
@@ -161,6 +163,7 @@ def measure(chosen: Iterator[Case], progress: Callable[[str], None] = lambda tex
                 "tail": case.costs.tail,
                 "embedding": case.costs.embedding,
                 "max_live": case.max_live,
+                "ports_in_order": schedule.ports_in_order,
                 "live": max(peak_live(schedule).values()),
                 "makespan": makespan,
                 "over_busy": makespan / bounds.busy,
@@ -188,4 +191,5 @@ def _build(case: Case) -> Schedule:
         num_micro_batches=case.num_micro_batches,
         costs=case.costs,
         max_live=case.max_live,
+        order_messages=case.order_messages,
     )

@@ -3,6 +3,8 @@
 Each group has one sending and one receiving port; a transfer holds both for its duration, and a free port takes the
 transfer that has waited longest among those whose other port is free (``simulator.engine``). One process, the arbiter,
 keeps all ports in real time; ranks ask it over a local socket and send once it says that the time is over.
+
+Where a schedule has its ports in order, a transfer also waits for its turn on both.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +37,11 @@ SPIN_SECONDS = 0.0002
 
 @dataclass(eq=False)
 class _Transfer:
-    """``ready``: when it was asked for (``time.monotonic``); ``ends``: None while it waits for its ports."""
+    """``ready``: when it was asked for (``time.monotonic``); ``ends``: None while it waits for its ports.
+
+    ``turns``: how many transfers of ``run`` its sending and its receiving port serve before it; None where they serve
+    what comes.
+    """
 
     connection: socket.socket
     number: int
@@ -42,7 +49,14 @@ class _Transfer:
     target: int
     seconds: float
     ready: float
+    run: str
+    turns: list[int] | None
     ends: float | None = None
+
+    @property
+    def ports(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """Sending and receiving."""
+        return ("out", self.source), ("in", self.target)
 
 
 class Arbiter:
@@ -64,6 +78,7 @@ class Arbiter:
         waiting: list[_Transfer] = []
         running: list[_Transfer] = []
         free_since: dict[tuple[str, int], float] = {}
+        served: Counter[tuple[str, tuple[str, int]]] = Counter()  # in order, by run and port
         lines: dict[socket.socket, bytes] = {}
         while True:
             end = min((transfer.ends for transfer in running if transfer.ends is not None), default=None)
@@ -89,12 +104,16 @@ class Arbiter:
             for transfer in [transfer for transfer in running if transfer.ends is not None and transfer.ends <= now]:
                 running.remove(transfer)
                 assert transfer.ends is not None, "it runs"
-                free_since["out", transfer.source] = free_since["in", transfer.target] = transfer.ends
+                for port in transfer.ports:
+                    free_since[port] = transfer.ends
                 transfer.connection.sendall(b"%d\n" % transfer.number)
-            busy = {("out", t.source) for t in running} | {("in", t.target) for t in running}
+            busy = {port for transfer in running for port in transfer.ports}
             for transfer in sorted(waiting, key=lambda transfer: transfer.ready):
-                ports = ("out", transfer.source), ("in", transfer.target)
-                if not busy & set(ports):
+                ports, run = transfer.ports, transfer.run
+                is_its_turn = transfer.turns is None or transfer.turns == [served[run, port] for port in ports]
+                if is_its_turn and not busy & set(ports):
+                    if transfer.turns is not None:
+                        served.update((run, port) for port in ports)
                     waiting.remove(transfer)
                     running.append(transfer)
                     busy |= set(ports)
@@ -129,6 +148,9 @@ class PortTransport(Transport):
         group: number of this rank's group.
         group_of_rank: number of the group of a global rank.
         seconds: how long a transfer takes; 0 for none at all.
+        turns: how many transfers its two ports serve before it in a run; None where they serve what comes.
+
+    ``run`` names the run that is under way; turns are counted in each.
     """
 
     def __init__(
@@ -139,9 +161,11 @@ class PortTransport(Transport):
         group: int,
         group_of_rank: Callable[[int], int],
         seconds: Callable[[TransferKey], float],
+        turns: Callable[[TransferKey], tuple[int, int] | None] = lambda key: None,
     ) -> None:
         super().__init__((), timeout_seconds=inner.timeout_seconds)
         self._inner, self._group, self._group_of_rank, self._seconds = inner, group, group_of_rank, seconds
+        self._turns, self.run = turns, ""
         self._numbers = itertools.count()
         self._waiting: dict[int, Callable[[], SendHandle]] = {}
         self._changed = threading.Condition()
@@ -167,7 +191,8 @@ class PortTransport(Transport):
                 return self._inner.send(channel, key, peer, message, spec)
             number = next(self._numbers)
             self._waiting[number] = lambda: self._inner.send(channel, key, peer, message, spec)
-        request = [number, self._group, self._group_of_rank(peer), seconds, time.monotonic()]
+        request: list[object] = [number, self._group, self._group_of_rank(peer), seconds, time.monotonic()]
+        request += [self.run, self._turns(key)]
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         return _TakenOver()
 

@@ -43,6 +43,7 @@ class Case:
     micro_batches: int
     costs: StageCosts = field(default_factory=lambda: _BALANCED)
     max_live: int | None = None
+    order_messages: bool = False
 
     @property
     def world_size(self) -> int:
@@ -65,6 +66,7 @@ CASES = (
     Case("p2-split", "split-backward", 2, 2, 8, 8),
     Case("p2-unbalanced", "interleaved-1f1b", 2, 2, 8, 8, _UNBALANCED),
     Case("p2-tail", "interleaved-1f1b", 2, 2, 8, 8, _TAIL),
+    Case("p2-ports-in-order", "interleaved-1f1b", 2, 2, 8, 12, _SLOW_NETWORK, order_messages=True),
     Case("p1-p2", "interleaved-1f1b", 1, 2, 4, 8, StageCosts(attention=1.0, ffn=2.0, transfer=0.5)),
     Case("p2-p1", "interleaved-1f1b", 2, 1, 4, 8, StageCosts(attention=2.0, ffn=1.0, transfer=0.5)),
     Case("p2-p1-split", "split-backward", 2, 1, 4, 8, StageCosts(attention=2.0, ffn=1.0, transfer=0.5)),
@@ -132,7 +134,12 @@ def _predict(case: Case, folder: Path, *, unit_seconds: float) -> tuple[dict[str
     )
     schedule = ensure_safe(
         builders.build(
-            case.kind, placement, num_micro_batches=case.micro_batches, costs=case.costs, max_live=case.max_live
+            case.kind,
+            placement,
+            num_micro_batches=case.micro_batches,
+            costs=case.costs,
+            max_live=case.max_live,
+            order_messages=case.order_messages,
         )
     ).schedule
     path = folder / f"{case.name}.txt"
@@ -148,6 +155,7 @@ def _predict(case: Case, folder: Path, *, unit_seconds: float) -> tuple[dict[str
         "layers": case.layers,
         "micro_batches": case.micro_batches,
         "max_live": case.max_live,
+        "ports_in_order": schedule.ports_in_order,
         "stage_ms": unit_seconds * 1e3,
         "actions": sum(map(len, schedule.actions.values())),
         "simulated_s": makespan * unit_seconds,

@@ -67,6 +67,20 @@ class Times:
         return self.unit * self.costs.edge(2 * key.layer + (key.edge == Edge.N2M.value))
 
 
+def turns_of(schedule: Schedule) -> dict[TransferKey, tuple[int, int]]:
+    """How many transfers go before each on its sending and on its receiving port, where those are in order."""
+    if not schedule.ports_in_order:
+        return {}
+    places: dict[Kind, dict[TransferKey, int]] = {Kind.SEND: {}, Kind.RECV: {}}
+    for actions in schedule.actions.values():
+        for kind, turns in places.items():
+            mine = [action for action in actions if action.kind is kind and action.edge not in (None, Edge.LANE)]
+            for turn, (_, layer, micro_batch, edge, gradient) in enumerate(mine):
+                assert edge is not None, "a transfer names its edge"
+                turns[TransferKey(edge.value, gradient, layer, micro_batch)] = turn
+    return {key: (turn, places[Kind.RECV][key]) for key, turn in places[Kind.SEND].items()}
+
+
 class SleepingWorker:
     """Stages that take their time and make the smallest messages that do."""
 
@@ -114,6 +128,7 @@ def _run_case(case: dict[str, Any], settings: dict[str, Any]) -> list[float] | N
         group=numbers[role.group],
         group_of_rank=lambda other: numbers[topology.role(other).group],
         seconds=lambda key: times.transfer(key),
+        turns=turns_of(schedule).get,
     )
     spec = MessageSpec(0, (_ROWS,))
     specs = EdgeSpecs({(edge, gradient): spec for edge in Edge for gradient in (False, True)})
@@ -124,6 +139,7 @@ def _run_case(case: dict[str, Any], settings: dict[str, Any]) -> list[float] | N
     seconds = []
     for repeat in range(settings["repeats"] + 1):
         times.unit = settings["unit_seconds"] if repeat else 0.0  # the first opens the connections
+        transport.run = f"{case['name']} {repeat}"
         worker = SleepingWorker(schedule, role, times)
         dist.barrier()
         start, begun = time.monotonic(), time.perf_counter_ns()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from megatron_disagmoe.builders.listed import listed
 from megatron_disagmoe.builders.redispatch import redispatching
 from megatron_disagmoe.builders.search import Task, least_live
 from megatron_disagmoe.builders.sequential import sequential
-from megatron_disagmoe.builders.strategies import best_order
+from megatron_disagmoe.builders.strategies import best_order, best_timetable
 from megatron_disagmoe.schedules.actions import Placement, Schedule
 from megatron_disagmoe.schedules.orders import in_micro_batch_order
 from megatron_disagmoe.simulator.costs import StageCosts
@@ -29,6 +30,7 @@ def build(
     max_live: int | None = None,
     forward_only: bool = False,
     redispatch: bool = False,
+    order_messages: bool = False,
 ) -> Schedule:
     """A schedule of compute actions; the same arguments give the same schedule everywhere.
 
@@ -38,9 +40,13 @@ def build(
         group_size: micro-batches that go round the ring together, G; chosen from ``costs`` where None.
         max_live: cap on the activations alive on any group.
         redispatch: dispatch every FFN stage's tokens once more before its backward. The order is the best with that.
+        order_messages: where that makes the step shorter, also say in which order ports serve messages. The schedule
+            then holds its transfers.
 
     Raises:
-        ValueError: for an unknown kind, sizes below 1, or a cap that no order can meet; it names the least cap.
+        ValueError: for an unknown kind, sizes below 1, or a cap that no order can meet; it names the least cap. For an
+            order of messages that is asked for where it cannot be: with second dispatches, lanes that take time, or
+            transfers that take none.
     """
     if kind not in KINDS:
         raise ValueError(f"there is no schedule {kind!r}; choose among {', '.join(KINDS)}")
@@ -53,6 +59,8 @@ def build(
             f"no order keeps within {max_live} live activations on every group: one micro-batch alone needs {least}; "
             f"allow at least {least}, or spread the layers over more groups"
         )
+    if order_messages:
+        _check_order_messages(costs, redispatch=redispatch)
     parameters: dict[str, object] = {
         "kind": kind,
         "max_live": max_live,
@@ -74,5 +82,21 @@ def build(
         redispatch=redispatch and not forward_only,
     )
     found = best_order(task, group_size=group_size)
+    timetable = best_timetable(task, found, group_size=group_size) if order_messages else None
+    if timetable is not None:
+        run, made_by = timetable
+        return listed(run, {**parameters, **made_by, "order_messages": True})
     schedule = in_micro_batch_order(found.orders).schedule({**parameters, **found.made_by})
     return redispatching(schedule, costs) if task.redispatch else schedule
+
+
+def _check_order_messages(costs: StageCosts, *, redispatch: bool) -> None:
+    why = None
+    if redispatch:
+        why = "where second dispatches are; leave out one of the two"
+    elif costs.lane > 0:
+        why = f"beside lanes that take time (--t-lane is {costs.lane})"
+    elif min(costs.edge(0), costs.edge(1)) <= 0:
+        why = "where transfers take no time; their order does not matter then"
+    if why is not None:
+        raise ValueError(f"--order-messages puts no messages in order {why}")

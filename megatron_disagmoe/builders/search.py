@@ -109,10 +109,12 @@ def most_live(orders: Orders, *, redispatch: bool = False) -> int:
 class Search:
     """Keeps the best order found so far and counts what finding it took."""
 
-    def __init__(self, task: Task, *, effort: int = EFFORT) -> None:
+    def __init__(self, task: Task, *, effort: int = EFFORT, keep: int = 0) -> None:
         self.task = task
         self.bound = task.bound
         self.best: Found | None = None
+        self.runners_up: list[Found] = []  # the ``keep`` best of all, the first of them ``best``
+        self._keep = keep
         self._effort = effort
         self._values: dict[Shape, float] = {}
 
@@ -149,6 +151,8 @@ class Search:
         found = Found(run, live, made_by, makespan)
         if self.best is None or self.value(found) < self.value(self.best):
             self.best = found
+        if self._keep:
+            self.runners_up = sorted((*self.runners_up, found), key=self.value)[: self._keep]
         return found
 
     def shape(self, shape: Shape) -> float:

@@ -7,10 +7,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_disagmoe.builders.capped import within_cap
+from megatron_disagmoe.builders.gapped import improved
 from megatron_disagmoe.builders.interleaved import Shape
 from megatron_disagmoe.builders.redispatch import dispatched_again
-from megatron_disagmoe.builders.search import LARGE, Found, Search, Task, least_live, one_by_one, rings
+from megatron_disagmoe.builders.search import (
+    LARGE,
+    Found,
+    Search,
+    Task,
+    least_live,
+    most_live,
+    one_by_one,
+    rings,
+)
 from megatron_disagmoe.schedules.actions import Placement
+from megatron_disagmoe.simulator.simulate import Run
 
 _SLOPES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 _EXTRAS = (0, 1, 2, 3, 4, 6, 8)
@@ -19,6 +30,8 @@ _STARTS = ((2.0, 3, 1), (4.0, 3, 2), (1.0, 2, 1), (3.0, 4, 1), (5.0, 3, 1))
 _JUSTIFIED = 3
 #: Makespans this close are alike, and fewer live activations decide.
 _ALIKE = 1e-3
+#: Orders that are improved with their messages, and passes forward of each at most.
+_IMPROVED, _PASSES = 8, 4
 
 
 def best_order(task: Task, *, group_size: int | None = None) -> Found:
@@ -48,8 +61,36 @@ def _or_without_counting(task: Task, found: Found, group_size: int | None) -> Fo
 
 def _search(task: Task, group_size: int | None) -> Found:
     search = Search(task)
+    _try_all(search, group_size)
+    return search.best or one_by_one(search)
+
+
+def best_timetable(
+    task: Task, found: Found, *, group_size: int | None = None
+) -> tuple[Run, dict[str, object]] | None:
+    """The best run found in which ports wait for the message whose turn it is, and how it was made.
+
+    The best orders of the same search, each improved together with its messages. None where ``found``, the best order
+    without, is about as fast.
+    """
+    makespan = found.makespan * (1 - _ALIKE)
+    search = Search(task, keep=_IMPROVED if len(found.orders) <= LARGE else 1)
+    _try_all(search, group_size)
+    best: tuple[Run, dict[str, object]] | None = None
+    for start in search.runners_up:
+        if makespan <= search.bound:
+            break
+        for run in improved(start.run, task.costs, passes=_PASSES):
+            fits = task.max_live is None or most_live(run.orders) <= task.max_live
+            if fits and run.makespan < makespan:
+                makespan, best = run.makespan, (run, start.made_by)
+    return best
+
+
+def _try_all(search: Search, group_size: int | None) -> None:
+    task = search.task
     if task.max_live is not None and not task.forward_only and within_cap(search, group_size=group_size):
-        return search.best or one_by_one(search)
+        return
     is_even = _is_even(task.placement)
     for number, (slope, extra, block) in enumerate(_STARTS):
         for ring in rings(task):
@@ -61,7 +102,6 @@ def _search(task: Task, group_size: int | None) -> Found:
             break
         if search.best is not None and number == (len(_STARTS) - 1 if is_even else 0):
             search.justify(search.best, passes=_JUSTIFIED)
-    return search.best or one_by_one(search)
 
 
 def _is_even(placement: Placement) -> bool:

@@ -68,6 +68,14 @@ def build(
     redispatch: Annotated[
         bool, typer.Option("--redispatch", help="FFN groups drop what they get, and get it again.", show_default=False)
     ] = False,
+    order_messages: Annotated[
+        bool,
+        typer.Option(
+            "--order-messages",
+            help="Where that is faster, also fix the order in which ports serve messages.",
+            show_default=False,
+        ),
+    ] = False,
     place_layers: Annotated[
         str,
         typer.Option(
@@ -124,6 +132,7 @@ def build(
                 max_live=max_live,
                 forward_only=forward_only,
                 redispatch=redispatch,
+                order_messages=order_messages,
             )
             report = verify_schedule(schedule, max_live=max_live)
             result = {"out": str(out), "ok": report.ok, **_figures(report, costs, max_live), **schedule.parameters}

@@ -177,7 +177,9 @@ class Schedule:
     """For each group the ordered list of its actions; all ranks of a group run the same list.
 
     ``parameters`` records what the builder was given (kind, group size, stage times, cap), for people
-    and for ``schedule draw``; nothing that runs a schedule reads it.
+    and for ``schedule draw``; nothing that runs a schedule reads it. ``ports_in_order``: a group's sending
+    port serves its messages in the order of its SENDs and its receiving port in that of its RECVs, lanes
+    aside; else both serve them as they come.
     """
 
     placement: Placement
@@ -185,3 +187,4 @@ class Schedule:
     forward_only: bool
     actions: dict[Group, tuple[Action, ...]]
     parameters: dict[str, object]
+    ports_in_order: bool = False

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Kind, Placement, Schedule, Side
+from megatron_disagmoe.schedules.lowering import lowered
 
 Ints = NDArray[np.int64]
 
@@ -50,10 +51,24 @@ class LateSends:
 
 
 @dataclass(frozen=True)
+class PortOrders:
+    """The order in which ports serve messages; what is not here they serve as it comes.
+
+    All arrays have one entry a message. ``maker``: position of the compute action that makes it. ``sent``,
+    ``received``: a number that grows along the SENDs of its sender, and along the RECVs of its receiver.
+    """
+
+    maker: Ints
+    sent: Ints
+    received: Ints
+
+
+@dataclass(frozen=True)
 class Orders:
     """The compute actions of all groups, one group after the other: group g's are ``bounds[g]:bounds[g + 1]``.
 
-    Every message is sent when it is made, but for those in ``late``.
+    Every message is sent when it is made, but for those in ``late``. Ports serve messages as they come, but for those
+    in ``ports``.
     """
 
     placement: Placement
@@ -64,6 +79,7 @@ class Orders:
     micro_batch: Ints
     bounds: Ints
     late: LateSends | None = None
+    ports: PortOrders | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -82,7 +98,9 @@ class Orders:
 
     @classmethod
     def of(cls, schedule: Schedule) -> Orders:
-        """The compute actions of ``schedule``, and of its transfers what is sent late."""
+        """The compute actions of ``schedule``, and of its transfers what is sent late and what ports serve in order."""
+        if schedule.ports_in_order:
+            schedule = lowered(schedule)
         columns: list[list[Ints]] = [[], [], []]
         lengths = [0]
         sends = _Sends()
@@ -107,10 +125,15 @@ class Orders:
             micro_batch=micro_batch,
             bounds=np.cumsum(lengths),
         )
-        return dataclasses.replace(orders, late=sends.late(orders))
+        ports = _port_orders(schedule, orders) if schedule.ports_in_order else None
+        return dataclasses.replace(orders, late=sends.late(orders), ports=ports)
 
     def schedule(self, parameters: dict[str, object]) -> Schedule:
-        """The same as a schedule; ``parameters`` are what its builder was given."""
+        """The same as a schedule; ``parameters`` are what its builder was given.
+
+        Orders of ``ports`` need SENDs and RECVs, which are left out here (``builders.listed`` writes them).
+        """
+        assert self.ports is None, "orders of ports are written with the transfers"
         actions = [
             Action(KINDS[kind], stage >> 1, micro_batch)
             for kind, stage, micro_batch in zip(
@@ -195,6 +218,27 @@ _EDGE_OF_ID = {id(edge): code for code, edge in enumerate(Edge)}
 _M2N, _N2M, _LANE, _AGAIN = (tuple(Edge).index(edge) for edge in (Edge.M2N, Edge.N2M, Edge.LANE, Edge.AGAIN))
 
 
+def _port_orders(schedule: Schedule, orders: Orders) -> PortOrders:
+    """What the lists say of every message with both ends, lanes aside."""
+    n = orders.num_micro_batches
+    sent: dict[Action, int] = {}
+    received: dict[Action, int] = {}
+    for actions in schedule.actions.values():
+        for action in actions:
+            if action.edge is not Edge.LANE and action.kind in (Kind.SEND, Kind.RECV):
+                turns = sent if action.kind is Kind.SEND else received
+                turns.setdefault(action._replace(kind=Kind.SEND), len(turns))
+    forward, backward, again = (orders.position(*kinds) for kinds in ((F,), (B, I), (D,)))
+    rows = []
+    for action, turn in sent.items():
+        _, layer, micro_batch, edge, gradient = action
+        stage = 2 * layer + (edge is Edge.N2M)
+        table, made = (backward, stage + 1) if gradient else (again if edge is Edge.AGAIN else forward, stage)
+        if action in received and 0 <= made * n + micro_batch < len(table) and table[made * n + micro_batch] >= 0:
+            rows.append((table[made * n + micro_batch], turn, received[action]))
+    return PortOrders(*np.array(rows, np.int64).reshape(-1, 3).T)
+
+
 def in_micro_batch_order(orders: Orders) -> Orders:
     """The same slots, with every stage running its micro-batches in order, forward and backward.
 
@@ -202,10 +246,11 @@ def in_micro_batch_order(orders: Orders) -> Orders:
     backwards, and one order everywhere makes every schedule give the same bits. Nothing waits longer for it: where
     every micro-batch comes to a stage after the stage before, the k-th of the one comes after the k-th of the other.
 
-    ``orders`` has no ``D`` and no late sends, and a stage's backwards are all whole or all split.
+    ``orders`` has no ``D``, no late sends and no orders of ports, and a stage's backwards are all whole or all split.
     """
     assert not (orders.kind == D).any(), "a repeated dispatch belongs to one micro-batch"
     assert orders.late is None, "a late send belongs to one micro-batch"
+    assert orders.ports is None, "so does a message whose turn it is"
     micro_batch = orders.micro_batch.copy()
     slots = np.lexsort((np.arange(len(orders)), orders.stage, orders.kind))
     micro_batch[slots] = orders.micro_batch[np.lexsort((orders.micro_batch, orders.stage, orders.kind))]

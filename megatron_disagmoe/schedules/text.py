@@ -14,8 +14,9 @@
     F0: <M2N/0.0 F0.0 >N2M/0.0 ...
 
 ``F3.12`` is compute action F of layer 3, micro-batch 12; ``>M2N/3.12`` sends and ``<M2N/3.12`` receives, with a ``d``
-before the edge for its gradient. ``attention`` lists the group of A(0) .. A(L), ``ffn`` that of F(0) .. F(L-1). Blank
-lines and lines that begin with ``#`` are skipped.
+before the edge for its gradient. ``attention`` lists the group of A(0) .. A(L), ``ffn`` that of F(0) .. F(L-1). A line
+``ports in-order`` says that ports serve messages in the order of the lists. Blank lines and lines that begin with ``#``
+are skipped.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Place
 from megatron_disagmoe.schedules.dataflow import TRANSFER
 
 FORMAT = "disagmoe-schedule 1"
+
+_FIELDS = ("attention-groups", "ffn-groups", "micro-batches", "forward-only", "attention", "ffn")
+_IN_ORDER = "in-order"
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
 _HEAD = re.compile(
@@ -68,6 +72,7 @@ def dumps(schedule: Schedule) -> str:
         f"forward-only {'yes' if schedule.forward_only else 'no'}",
         f"attention {' '.join(map(str, placement.attention))}",
         f"ffn {' '.join(map(str, placement.ffn))}",
+        *([f"ports {_IN_ORDER}"] if schedule.ports_in_order else []),
         *(_parameter_line(name, value) for name, value in schedule.parameters.items()),
     ]
     heads: dict[tuple[Kind, int, Edge | None, bool], str] = {}
@@ -173,7 +178,7 @@ class _Reader:
         if name == "parameter":
             self._parameter(rest.strip(), number, column)
             return
-        if name not in ("attention-groups", "ffn-groups", "micro-batches", "forward-only", "attention", "ffn"):
+        if name not in (*_FIELDS, "ports"):
             raise self.error(
                 f"{name!r} is neither a field of a schedule nor a group such as 'A0:'", number, first.start() + 1
             )
@@ -235,7 +240,7 @@ class _Reader:
         return known, self._numbers[tail]
 
     def _schedule(self, last_line: int) -> Schedule:
-        for name in ("attention-groups", "ffn-groups", "micro-batches", "forward-only", "attention", "ffn"):
+        for name in _FIELDS:
             if name not in self.fields:
                 raise self.error(f"there is no line '{name} ...'", last_line)
         forward_only = self.fields["forward-only"]
@@ -243,13 +248,23 @@ class _Reader:
             raise self.error(
                 f"forward-only is yes or no, not {forward_only.rest!r}", forward_only.line, forward_only.column
             )
+        ports = self.fields.get("ports")
+        if ports is not None and ports.rest != _IN_ORDER:
+            raise self.error(f"ports are {_IN_ORDER}, not {ports.rest!r}", ports.line, ports.column)
         sizes = {name: self._whole(name) for name in ("attention-groups", "ffn-groups", "micro-batches")}
         attention, ffn = self._wholes("attention"), self._wholes("ffn")
         try:
             placement = Placement(sizes["attention-groups"], sizes["ffn-groups"], attention, ffn)
         except ValueError as error:
             raise self.error(str(error), self.fields["attention"].line, self.fields["attention"].column) from error
-        return Schedule(placement, sizes["micro-batches"], forward_only.rest == "yes", self.actions, self.parameters)
+        return Schedule(
+            placement,
+            sizes["micro-batches"],
+            forward_only.rest == "yes",
+            self.actions,
+            self.parameters,
+            ports_in_order=ports is not None,
+        )
 
     def _whole(self, name: str) -> int:
         values, field = self._wholes(name), self.fields[name]

@@ -2,7 +2,8 @@
 
 Each group has one sending and one receiving port. A transfer holds the sender's out port and the receiver's in port for
 as long as it takes; activations, gradients and repeated dispatches contend for them, first come, first served. A
-message comes when its sender sends it: as soon as it is made, or where the schedule has its SEND later, there.
+message comes when its sender sends it: as soon as it is made, or where the schedule has its SEND later, there. Where
+a schedule has its ports in order, a port waits for the message whose turn it is.
 """
 
 from __future__ import annotations
@@ -129,6 +130,22 @@ def _sent_late(transfers: Transfers, late: LateSends, num_actions: int) -> Trans
     return Transfers(*(getattr(moved, field.name)[order] for field in dataclasses.fields(Transfers)))
 
 
+def _in_turn(transfers: Transfers, orders: Orders) -> tuple[Ints, Ints]:
+    """Pairs of transfers that one port serves one right after the other; none where ports serve what comes."""
+    if orders.ports is None:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    number = np.full(len(orders), -1, np.int64)
+    near = np.flatnonzero(transfers.stride == 1)
+    number[transfers.maker[near]] = near
+    at = number[orders.ports.maker]
+    pairs = []
+    for port, turn in ((transfers.sender, orders.ports.sent), (transfers.receiver, orders.ports.received)):
+        mine = at[np.lexsort((turn, port[at]))]
+        same = port[mine[1:]] == port[mine[:-1]]
+        pairs.append((mine[:-1][same], mine[1:][same]))
+    return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
+
+
 def simulate_orders(
     orders: Orders,
     costs: StageCosts,
@@ -167,6 +184,7 @@ def simulate_orders(
     arrived = number.copy()
     arrived[messages] = extra[len(pauses) :]
     alone = np.full(len(extra), -1, np.int64)
+    turn, next_turn = _in_turn(transfers, orders)
     times = run(
         Tasks(
             duration=np.concatenate(
@@ -175,8 +193,12 @@ def simulate_orders(
             first=np.concatenate((none, transfers.sender, alone)),
             second=np.concatenate((none, num_groups + transfers.receiver, alone)),
             priority=np.zeros(count + len(transfers) + len(extra), np.int64),
-            before=np.concatenate((chain[: len(pauses)], freed, transfers.after, number[messages], arrived[used])),
-            after=np.concatenate((extra[: len(pauses)], chain + 1, number, arrived[messages], transfers.user[used])),
+            before=np.concatenate(
+                (chain[: len(pauses)], freed, transfers.after, number[messages], arrived[used], number[turn])
+            ),
+            after=np.concatenate(
+                (extra[: len(pauses)], chain + 1, number, arrived[messages], transfers.user[used], number[next_turn])
+            ),
             num_resources=2 * num_groups,
         )
     )

@@ -14,6 +14,7 @@ _QUICK = {
     "ragged": 2,
     "split": 1,
     "unbalanced": 2,
+    "network-bound": 1,
     "few": 5,
     "tail": 2,
     "long tail": 1,

@@ -107,6 +107,20 @@ def test_redispatch(tmp_path: Path) -> None:
     assert Kind.D in kinds
 
 
+def test_order_of_messages(tmp_path: Path) -> None:
+    steps = []
+    for words in ([], ["--order-messages"]):
+        answer = json.loads(build(tmp_path / "plan.txt", "--t-transfer", "2.25", *words, "--json").stdout)
+        assert answer["ok"] is True
+        steps.append(answer["makespan"])
+    assert steps[1] < steps[0]
+    schedule = load(tmp_path / "plan.txt")
+    assert schedule.ports_in_order
+    assert schedule.parameters["order_messages"] is True
+    costs = StageCosts(attention=1, ffn=1.5, transfer=2.25)
+    assert simulate(schedule, costs).makespan == pytest.approx(steps[1])
+
+
 def test_fewer_layers_where_a_long_tail_is(tmp_path: Path) -> None:
     steps = []
     for way in ("round-robin", "balanced"):
@@ -145,6 +159,8 @@ def test_for_people(tmp_path: Path) -> None:
         (["--kind", "best"], "--kind best: choose among interleaved-1f1b"),
         (["--kind", "sequential", "--split-backward"], "leave out --split-backward"),
         (["--group-size", "0"], "'--group-size'"),
+        (["--order-messages", "--redispatch"], "--order-messages puts no messages in order where second dispatches"),
+        (["--order-messages", "--t-lane", "0.5"], "beside lanes that take time (--t-lane is 0.5)"),
         (["--place-layers", "well"], "--place-layers 'well' is no list of groups"),
         (["--frontier", "--frontier-caps", "3,x"], "--frontier-caps '3,x' is not a list of whole numbers"),
         (["--frontier", "--frontier-caps", "1,4"], "--frontier-caps: 1 is too low for any order; the least is 3"),

@@ -68,9 +68,11 @@ class _Ports:
                 group=rank,
                 group_of_rank=lambda peer: peer,
                 seconds=lambda key: key.layer / 100,
+                turns=lambda key: self.turns.get(key.micro_batch),
             )
             for rank in range(4)
         ]
+        self.turns: dict[int, tuple[int, int]] = {}
 
     def send(self, source: int, target: int, name: int, hundredths: int) -> None:
         key = TransferKey("M2N", False, hundredths, name)
@@ -117,6 +119,14 @@ def test_nothing_idles_behind_a_transfer_that_cannot_begin(ports: _Ports) -> Non
     ports.send(0, 2, name=2, hundredths=10)
     ports.send(0, 3, name=3, hundredths=10)
     assert ports.flush() == [3, 1, 2]
+
+
+def test_ports_in_order_wait_for_a_turn(ports: _Ports) -> None:
+    ports.turns = {1: (0, 1), 2: (0, 0), 3: (1, 0)}
+    ports.send(0, 2, name=1, hundredths=10)
+    ports.send(0, 3, name=3, hundredths=10)
+    ports.send(1, 2, name=2, hundredths=30)
+    assert ports.flush() == [2, 1, 3], "2 receives from 1 first; 0 sends to 2 first"
 
 
 def test_what_takes_no_time_needs_no_port(ports: _Ports) -> None:

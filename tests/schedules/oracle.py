@@ -38,6 +38,7 @@ class _Run:
                 raise Unsafe(f"{group} does not exist")
         self.groups = {name: _Group(name, schedule.actions.get(name, ())) for name in self.placement.groups}
         self.posted: dict[tuple[Edge, bool, Group, Group], deque[Item]] = {}
+        self.turns: dict[Group, deque[Item]] = {name: deque() for name in self.groups}  # of receiving ports in order
         self.outstanding: Counter[tuple[Edge, bool, Group, Group]] = Counter()
         self.again = {
             (a.layer, a.micro_batch)
@@ -94,6 +95,11 @@ class _Run:
         queue = self.posted.get(channel)
         if not queue:
             return False
+        turns = self.turns[channel[3]]
+        if self.schedule.ports_in_order and item[0] is not Edge.LANE and item in turns:
+            if turns[0] != item:
+                return False
+            turns.popleft()
         if queue.popleft() != item:
             raise Unsafe(f"{item} lands in the wrong buffer")
         del group.made[item]
@@ -108,6 +114,8 @@ class _Run:
         self.posted.setdefault(channel, deque()).append(
             (action.edge, action.gradient, action.layer, action.micro_batch)
         )
+        if action.edge is not Edge.LANE:
+            self.turns[group.name].append((action.edge, action.gradient, action.layer, action.micro_batch))
         self.outstanding[channel] += 1
         if self.max_posted is not None and self.outstanding[channel] > self.max_posted:
             raise Unsafe("too many receives posted")

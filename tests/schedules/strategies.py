@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
 from megatron_disagmoe.schedules.actions import Action, Edge, Group, Kind, Placement, Schedule, Side
-from megatron_disagmoe.schedules.lowering import add_communication
+from megatron_disagmoe.schedules.lowering import add_communication, lowered
 
 _COMPUTE = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.D)
 _numbers = st.integers(0, 10**6)
@@ -47,6 +48,7 @@ def any_schedules(draw: st.DrawFn) -> Schedule:
         forward_only=draw(st.booleans()),
         actions={group: tuple(draw(st.lists(computes | transfers, max_size=8))) for group in groups},
         parameters=draw(st.dictionaries(parameter_names, json_values, max_size=3)),
+        ports_in_order=draw(st.booleans()),
     )
 
 
@@ -118,3 +120,23 @@ def sent_late(draw: st.DrawFn, schedules: st.SearchStrategy[Schedule]) -> Schedu
                 mine.insert(to, mine.pop(at))
         lists[group] = tuple(mine)
     return dataclasses.replace(schedule, actions=lists)
+
+
+@st.composite
+def ports_in_order(draw: st.DrawFn, schedules: st.SearchStrategy[Schedule]) -> Schedule:
+    """Schedules whose ports serve messages in the order of the lists, maybe in one in which they lock.
+
+    Receives of different channels change places; each channel keeps its order.
+    """
+    schedule = lowered(draw(schedules))
+    rng, share = random.Random(draw(st.integers(0, 2**32))), draw(st.sampled_from((0.0, 0.1, 0.5)))
+    lists: dict[Group, tuple[Action, ...]] = {}
+    for group, actions in schedule.actions.items():
+        mine = list(actions)
+        places = [at for at, action in enumerate(mine) if action.kind is Kind.RECV]
+        for at, other in pairwise(places):
+            first, second = mine[at], mine[other]
+            if (first.edge, first.gradient) != (second.edge, second.gradient) and rng.random() < share:
+                mine[at], mine[other] = second, first
+        lists[group] = tuple(mine)
+    return dataclasses.replace(schedule, actions=lists, ports_in_order=True)

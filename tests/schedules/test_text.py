@@ -101,6 +101,7 @@ def test_comments_blank_lines_and_crlf_are_skipped() -> None:
         ("F0.0 >M2N", "F00.0 >M2N", 9, 5, "kinds F B I W D"),
         ("F0:", "F0.0:", 10, 1, "is not a group"),
         ("F0:", "A0:", 10, 1, "already has a line"),
+        ("ffn 0", "ffn 0\nports any", 8, 7, "ports are in-order, not 'any'"),
         ("F0: ", "F0: F1234567890.0 ", 10, 5, "is not an action"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from megatron_disagmoe.schedules.lowering import add_communication, compute_only
 from megatron_disagmoe.schedules.verifier import draw_grid, verify
 from tests.schedules.mutations import TRIED, mutated
 from tests.schedules.oracle import why_unsafe
-from tests.schedules.strategies import runnable_computes, sent_late
+from tests.schedules.strategies import ports_in_order, runnable_computes, sent_late
 
 
 @st.composite
@@ -86,6 +87,22 @@ def test_mutated_messages_sent_late(schedule: Schedule, data: st.DataObject) -> 
     TRIED["sent late, then damaged", "safe, passed" if agree(lowered(damaged)) else "unsafe, caught"] += 1
     _, damaged = data.draw(mutated(lowered(schedule)))
     TRIED["sent late, then damaged", "safe, passed" if agree(damaged) else "unsafe, caught"] += 1
+
+
+@given(ports_in_order(runnable_computes() | sent_late(runnable_computes())))
+@settings(deadline=None, max_examples=300)
+def test_ports_in_order(schedule: Schedule) -> None:
+    """Some ports wait for messages that wait for others; where every port serves what comes, fewer do."""
+    ok = agree(schedule)
+    assert agree(dataclasses.replace(schedule, ports_in_order=False)) or not ok
+    TRIED["ports in order", "safe, passed" if ok else "unsafe, caught"] += 1
+
+
+@given(ports_in_order(runnable_computes()), st.data())
+@settings(deadline=None, max_examples=300)
+def test_mutated_ports_in_order(schedule: Schedule, data: st.DataObject) -> None:
+    _, damaged = data.draw(mutated(schedule))
+    TRIED["ports in order, then damaged", "safe, passed" if agree(damaged) else "unsafe, caught"] += 1
 
 
 @given(runnable_computes())

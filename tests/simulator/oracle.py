@@ -96,7 +96,23 @@ def schedule_tasks(schedule: Schedule, costs: StageCosts) -> dict[Name, Task]:
                     )
             position += 1
     _send_late(schedule, tasks)
+    if schedule.ports_in_order:
+        _in_order(schedule, tasks)
     return tasks
+
+
+def _in_order(schedule: Schedule, tasks: dict[Name, Task]) -> None:
+    """A port serves each message after the one before it in the list."""
+    for actions in schedule.actions.values():
+        for kind in (Kind.SEND, Kind.RECV):
+            before: Name | None = None
+            for action in actions:
+                if action.kind is kind and action.edge not in (None, Edge.LANE):
+                    assert action.edge is not None, "a transfer names its edge"
+                    name: Name = (Port(action.edge, action.gradient, action.layer), action.micro_batch)
+                    if before is not None:
+                        tasks[name].needs.add(before)
+                    before = name
 
 
 def _send_late(schedule: Schedule, tasks: dict[Name, Task]) -> None:

@@ -17,7 +17,7 @@ from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.simulate import simulate, simulate_orders
 from megatron_disagmoe.simulator.timeline import Timeline
-from tests.schedules.strategies import runnable_computes, sent_late
+from tests.schedules.strategies import ports_in_order, runnable_computes, sent_late
 from tests.simulator import oracle
 from tests.simulator.strategies import stage_costs
 
@@ -196,10 +196,27 @@ def test_what_is_sent_late_lets_a_gradient_go_first() -> None:
     assert sent[1] == ["M2N/0.0 1-3", "dN2M/0.0 4.5-5.5", "M2N/0.1 5.5-7.5", "dN2M/0.1 10.5-11.5"]
 
 
+def test_a_port_in_order_waits_for_what_is_to_come() -> None:
+    """F0 takes M2N(1) of micro-batch 0, made at 7, before M2N(0) of micro-batch 1, which could begin at 3."""
+    schedule = parsed(
+        "A0: <N2M/1.0 <LANE/1.0 <N2M/1.1 <LANE/1.1 F0.0 >M2N/0.0 >LANE/0.0 F0.1 >M2N/0.1 >LANE/0.1 F2.0 F2.1",
+        "A1: <N2M/0.0 <LANE/0.0 <N2M/0.1 <LANE/0.1 F1.0 >M2N/1.0 >LANE/1.0 F1.1 >M2N/1.1 >LANE/1.1",
+        "F0: <M2N/0.0 <M2N/1.0 <M2N/0.1 <M2N/1.1 F0.0 >N2M/0.0 F1.0 >N2M/1.0 F0.1 >N2M/0.1 F1.1 >N2M/1.1",
+        attention="0 1 0",
+        ffn="0 0",
+        micro_batches=2,
+    )
+    costs = StageCosts(attention=1, ffn=1, transfer=2)
+    as_it_comes = dataclasses.replace(schedule, forward_only=True)
+    in_order = dataclasses.replace(as_it_comes, ports_in_order=True)
+    assert table(simulate(as_it_comes, costs))["A0>"] == ["M2N/0.0 1-3", "M2N/0.1 3-5"]
+    assert table(simulate(in_order, costs))["A0>"] == ["M2N/0.0 1-3", "M2N/0.1 9-11"]
+
+
 @settings(max_examples=200, deadline=None)
-@given(runnable_computes() | sent_late(runnable_computes()), stage_costs())
+@given(runnable_computes() | sent_late(runnable_computes()) | ports_in_order(runnable_computes()), stage_costs())
 def test_equal_to_the_oracle(schedule: Schedule, costs: StageCosts) -> None:
-    """Any order, splits, re-dispatches, lanes, late sends: every span at the moment at which the oracle has it."""
+    """Any order, splits, re-dispatches, lanes, late sends, ports in order: every span when the oracle has it."""
     tasks = oracle.schedule_tasks(schedule, costs)
     if not oracle.run(tasks):
         with pytest.raises(ValueError, match="never start"):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_disagmoe.schedules.table import SEND, Table
+from megatron_disagmoe.schedules.actions import Edge
+from megatron_disagmoe.schedules.table import EDGES, SEND, Ints, Table
 from megatron_disagmoe.schedules.verifier.faults import FaultKind, Findings, describe
 from megatron_disagmoe.schedules.verifier.transfers import Transfers
 from megatron_disagmoe.schedules.verifier.work import report
+
+_LANE = EDGES.index(Edge.LANE)
 
 
 def check_deadlock(table: Table, transfers: Transfers, found: Findings) -> None:
@@ -20,6 +23,8 @@ def check_deadlock(table: Table, transfers: Transfers, found: Findings) -> None:
     needs[0, transfers.send] = transfers.receive
     assert transfers.slot.max(initial=0) < len(needs), "a stage has more inputs than there are columns"
     needs[transfers.slot, transfers.user] = transfers.send
+    if table.schedule.ports_in_order:
+        _wait_for_turns(table, transfers, needs[1])
     first, second = needs.tolist()
     cursor = _run(table.starts.tolist(), first, second)
     ends = table.starts[1:].tolist()
@@ -31,6 +36,19 @@ def check_deadlock(table: Table, transfers: Transfers, found: Findings) -> None:
         missing = first[node] if _is_missing(table, cursor, first[node]) else second[node]
         waits_for[group] = missing
     _report_cycles(table, found, stuck, waits_for)
+
+
+def _wait_for_turns(table: Table, transfers: Transfers, needs: Ints) -> None:
+    """Where receiving ports keep their order, a SEND waits until what its receiver gets before has been sent.
+
+    Sending ports keep theirs anyhow, as a SEND blocks its group.
+    """
+    near = table.edge[transfers.send] != _LANE
+    send, receive = transfers.send[near], transfers.receive[near]
+    order = np.argsort(receive)
+    send, group = send[order], table.group[receive[order]]
+    same = group[1:] == group[:-1]
+    needs[send[1:][same]] = send[:-1][same]
 
 
 def _run(starts: list[int], first: list[int], second: list[int]) -> list[int]:

@@ -1,0 +1,109 @@
+"""Timetables of computes and messages: no two things at once, safe as schedules, simulated as they were laid."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_disagmoe import builders
+from megatron_disagmoe.builders.gapped import improved
+from megatron_disagmoe.builders.listed import listed
+from megatron_disagmoe.schedules.actions import Kind, Placement, Schedule
+from megatron_disagmoe.schedules.orders import Ints, Orders
+from megatron_disagmoe.schedules.verifier import verify
+from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
+from megatron_disagmoe.simulator.costs import StageCosts
+from megatron_disagmoe.simulator.engine import Floats
+from megatron_disagmoe.simulator.simulate import Run, simulate, simulate_orders
+from tests.schedules.oracle import why_unsafe
+from tests.schedules.strategies import runnable_computes
+
+times = st.sampled_from((0.3, 0.5, 1.0, 1.5, 2.5))
+zero_or_more = st.just(0.0) | times
+costs = st.builds(
+    StageCosts, attention=times, ffn=times, transfer=times, combine=st.none() | times, tail=zero_or_more
+)
+
+
+def builders_may_make(schedule: Schedule) -> bool:
+    """Nothing dispatched again, and all backwards whole or all split."""
+    kinds = {action.kind for actions in schedule.actions.values() for action in actions}
+    return Kind.D not in kinds and not {Kind.B, Kind.I} <= kinds
+
+
+def apart(group: Ints, start: Floats, end: Floats) -> bool:
+    """Whether what is on one resource never overlaps."""
+    order = np.lexsort((end, start, group))
+    same = group[order][1:] == group[order][:-1]
+    return bool((start[order][1:] >= end[order][:-1] - 1e-9)[same].all())
+
+
+def is_sound(run: Run) -> bool:
+    """Whether nothing begins before what it needs has ended, and no group or port does two things at once."""
+    orders, transfers = run.orders, run.transfers
+    used = transfers.user >= 0
+    return (
+        apart(orders.group, run.start, run.end)
+        and apart(transfers.sender, run.transfer_start, run.transfer_end)
+        and apart(transfers.receiver, run.transfer_start, run.transfer_end)
+        and bool((run.transfer_start >= run.end[transfers.maker] - 1e-9).all())
+        and bool((run.start[transfers.user[used]] >= run.transfer_end[used] - 1e-9).all())
+    )
+
+
+@given(runnable_computes().filter(builders_may_make), costs)
+@settings(deadline=None, max_examples=150)
+def test_timetables_are_sound_and_their_schedules_safe(schedule: Schedule, costs: StageCosts) -> None:
+    start = simulate_orders(Orders.of(schedule), costs)
+    bound = lower_bounds(Workload.of(schedule, costs)).phase
+    for run in improved(start, costs, passes=3):
+        assert is_sound(run)
+        written = listed(run, {})
+        report = verify(written)
+        assert report.ok, report.explain()
+        assert why_unsafe(written) is None
+        makespan = simulate(written, costs).makespan
+        assert makespan == pytest.approx(run.makespan)
+        assert makespan >= bound - 1e-9
+
+
+NETWORK_BOUND = StageCosts(attention=1, ffn=1, transfer=1.5)
+RING = Placement.round_robin(num_layers=8, num_attention_groups=2, num_ffn_groups=2)
+
+
+def test_the_builder_orders_messages_where_that_is_faster() -> None:
+    plain, ordered = (
+        builders.build("interleaved-1f1b", RING, num_micro_batches=16, costs=NETWORK_BOUND, order_messages=order)
+        for order in (False, True)
+    )
+    assert ordered.ports_in_order
+    assert ordered.parameters["order_messages"]
+    assert simulate(ordered, NETWORK_BOUND).makespan < simulate(plain, NETWORK_BOUND).makespan
+    fast = StageCosts(attention=1, ffn=1, transfer=0.5)
+    built = [
+        builders.build("interleaved-1f1b", RING, num_micro_batches=16, costs=fast, order_messages=order)
+        for order in (False, True)
+    ]
+    assert built[0] == built[1], "already at the bound"
+
+
+@pytest.mark.parametrize(
+    "costs, redispatch, words",
+    [
+        (NETWORK_BOUND, True, "second dispatches"),
+        (StageCosts(attention=1, ffn=1, transfer=1, lane=0.5), False, "--t-lane is 0.5"),
+        (StageCosts(attention=1, ffn=1, transfer=0), False, "transfers take no time"),
+    ],
+)
+def test_where_messages_cannot_be_ordered(costs: StageCosts, redispatch: bool, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        builders.build(
+            "interleaved-1f1b",
+            RING,
+            num_micro_batches=8,
+            costs=costs,
+            redispatch=redispatch,
+            order_messages=True,
+        )
