@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -63,12 +64,12 @@ class Section:
     differentiable: bool = True
     hidden: bool = False
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return self.width * self.dtype.itemsize
 
-    @property
+    @cached_property
     def max_bytes(self) -> int:
         """Bytes of the largest section allowed."""
         return self.max_rows * self.row_bytes
@@ -105,8 +106,7 @@ class Message(NamedTuple):
         return self.header.nbytes + sum(section.nbytes for section in self.sections)
 
 
-@dataclass(frozen=True)
-class TransferKey:
+class TransferKey(NamedTuple):
     """Which transfer of the schedule a message is; it travels along and the receiver checks it.
 
     Attributes:
@@ -268,7 +268,7 @@ def check_message(channel: ChannelSpec, key: TransferKey, message: Message, spec
         return ValueError(f"{channel.name}: cannot send {key}: {what}")
 
     header = message.header
-    if header.dtype != torch.int64 or header.shape != (spec.header_length,) or header.device.type != "cpu":
+    if header.dtype != torch.int64 or header.shape != (spec.header_length,) or not header.is_cpu:
         raise fail(
             f"the header must be int64 [{spec.header_length}] on the host, "
             f"got {header.dtype} {list(header.shape)} on {header.device}"
@@ -277,14 +277,16 @@ def check_message(channel: ChannelSpec, key: TransferKey, message: Message, spec
         raise fail(f"{len(spec.sections)} sections expected, got {len(message.sections)}")
     rows = []
     for index, (tensor, section) in enumerate(zip(message.sections, spec.sections, strict=True)):
-        if tensor.dtype != section.dtype or tensor.dim() != 2 or tensor.shape[1] != section.width:
-            raise fail(f"section {index} must be {section}, got {tensor.dtype} {list(tensor.shape)}")
-        if tensor.shape[0] > section.max_rows:
+        shape = tensor.shape
+        if tensor.dtype != section.dtype or len(shape) != 2 or shape[1] != section.width:
+            raise fail(f"section {index} must be {section}, got {tensor.dtype} {list(shape)}")
+        count = shape[0]
+        if count > section.max_rows:
             raise fail(
-                f"section {index} holds {tensor.shape[0]} rows, {tensor.shape[0] * section.row_bytes} bytes; "
+                f"section {index} holds {count} rows, {count * section.row_bytes} bytes; "
                 f"at most {section.max_rows} rows, {section.max_bytes} bytes, fit the receiver's buffer"
             )
-        rows.append(tensor.shape[0])
+        rows.append(count)
     return rows
 
 

@@ -9,7 +9,8 @@ import threading
 from typing import Any
 
 #: Settings of UCX for TCP where the environment says nothing: reads of a ready socket a round, and socket buffers.
-_UCX_DEFAULTS = {"UCX_TCP_MAX_POLL": "128", "UCX_TCP_SNDBUF": "2m", "UCX_TCP_RCVBUF": "2m"}
+#: Whatever a socket has taken waits in the network's queue, and acknowledgements and notes wait behind it: so little.
+_UCX_DEFAULTS = {"UCX_TCP_MAX_POLL": "128", "UCX_TCP_SNDBUF": "64k", "UCX_TCP_RCVBUF": "2m"}
 
 
 def import_nixl() -> Any:

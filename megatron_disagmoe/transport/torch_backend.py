@@ -98,7 +98,7 @@ class TorchTransport(Transport):
                 body = message.sections[i].detach().contiguous().view(torch.uint8)
                 parts.append((groups.body, body, FIRST_BODY_TAG + j))
         where = place(channel, key, me=self.rank, peer=peer, receiving=False)
-        send = Send(where, sum(part.numel() for _, part, _ in parts), self.timeout_seconds)
+        send = Send(where, sum(part.numel() for _, part, _ in parts), self.timeout_seconds, self._reaper.over)
         try:
             for group, tensor, tag in parts:
                 send.tensors.append(tensor)
@@ -108,7 +108,7 @@ class TorchTransport(Transport):
         pair.sequence += 1
         self.traffic[channel.name].add(spec, rows, header=pair.layout.num_words * 8)
         self._reaper.add(send)
-        while self._unflushed and self._unflushed[0].done.is_set():
+        while self._unflushed and self._unflushed[0].done:
             self._unflushed.popleft()
         self._unflushed.append(send)
         return send

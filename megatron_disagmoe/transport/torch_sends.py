@@ -16,29 +16,37 @@ from megatron_disagmoe.transport.wire import Where
 
 
 class Send(SendHandle):
-    """One message under way; keeps its tensors alive."""
+    """One message under way; keeps its tensors alive. ``done``: told to whoever waits for ``over``."""
 
-    def __init__(self, where: Where, size: int, timeout_seconds: float) -> None:
-        self.where, self.size, self.timeout_seconds = where, size, timeout_seconds
+    def __init__(self, where: Where, size: int, timeout_seconds: float, over: threading.Condition) -> None:
+        self.where, self.size, self.timeout_seconds, self._over = where, size, timeout_seconds, over
         self.tensors: list[torch.Tensor] = []
         self.works: list[Any] = []
         self.error: TransportError | None = None
-        self.done = threading.Event()
+        self.done = False
 
     def wait(self) -> None:
-        if not self.done.wait(self.timeout_seconds):
-            raise not_taken(self.where, self.timeout_seconds, self.size)
+        if not self.done:
+            with self._over:
+                if not self._over.wait_for(lambda: self.done, self.timeout_seconds):
+                    raise not_taken(self.where, self.timeout_seconds, self.size)
         if self.error is not None:
             raise self.error
 
 
 class Reaper:
-    """A thread that waits for sends in the order they were made and frees their memory."""
+    """A thread that waits for sends in the order they were made and frees their memory.
+
+    Attributes:
+        error: of the first send that failed.
+        over: told whenever a send is over; one for all, since making one for each costs more than the telling.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._queue: queue.SimpleQueue[Send | None] = queue.SimpleQueue()
         self.error: TransportError | None = None
+        self.over = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="af-transport-sends", daemon=True)
         self._thread.start()
@@ -57,7 +65,9 @@ class Reaper:
                     self.error = self.error or send.error
             send.completed_ns = time.perf_counter_ns()
             send.works, send.tensors = [], []
-            send.done.set()
+            with self.over:
+                send.done = True
+                self.over.notify_all()
 
     def _wait_for(self, works: list[Any]) -> None:
         if self._stream is None:

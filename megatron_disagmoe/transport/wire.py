@@ -15,6 +15,7 @@ Then each message is one *header record* followed by its bodies:
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -79,6 +80,16 @@ class Layout:
         return cls(spec, riders, tuple(i for i in sections if i not in riders), num_words, record)
 
     @cached_property
+    def _nothing(self) -> tuple[torch.Tensor, ...]:
+        """Header and sections of an empty message, shared by all: they hold nothing that could be written to."""
+        sections = (torch.empty(0, section.width, dtype=section.dtype) for section in self.spec.sections)
+        return torch.empty(0, dtype=torch.int64), *sections
+
+    @cached_property
+    def _words(self) -> struct.Struct:
+        return struct.Struct(f"={self.num_words}q")
+
+    @cached_property
     def digest(self) -> int:
         """A 56-bit digest of the spec: equal on both ends where their settings are."""
         text = repr((self.spec, self.riders)).encode()
@@ -108,19 +119,22 @@ class Layout:
         """The header record of ``message``: uint8 ``[<= record_bytes]``."""
         spec = self.spec
         size = self.num_words * 8 + sum(_align(rows[i] * spec.sections[i].row_bytes) for i in self.riders)
-        record = torch.empty(size, dtype=torch.uint8)
-        words = record.numpy()[: self.num_words * 8].view(np.int64)
-        prefix = [_MAGIC, sequence, encode_edge(key.edge), int(key.gradient), key.layer, key.micro_batch, *rows]
-        words[: len(prefix)] = prefix
-        if spec.header_length:
-            words[len(prefix) :] = message.header.numpy()
+        memory = np.empty(size, np.uint8)
+        header = message.header.tolist() if spec.header_length else ()
+        edge = encode_edge(key.edge)
+        self._words.pack_into(
+            memory, 0, _MAGIC, sequence, edge, key.gradient, key.layer, key.micro_batch, *rows, *header
+        )
         offset = self.num_words * 8
         for i in self.riders:
-            count = rows[i] * spec.sections[i].row_bytes
+            section = spec.sections[i]
+            count = rows[i] * section.row_bytes
             if count:
-                view_section(record, spec, i, rows[i], offset=offset).copy_(message.sections[i])
+                source = message.sections[i]
+                target = torch.frombuffer(memory, dtype=section.dtype, count=source.numel(), offset=offset)
+                target.view(source.shape).copy_(source)
             offset += _align(count)
-        return record
+        return torch.from_numpy(memory)
 
     def unpack(self, where: Where, key: TransferKey, sequence: int, record: torch.Tensor) -> tuple[Message, list[int]]:
         """Read a header record: the message with its riders (empty tensors for bodies) and each section's rows.
@@ -135,34 +149,36 @@ class Layout:
             TransportError: where it is not the message expected, or its sizes do not fit the spec.
         """
         spec = self.spec
-        words = record.numpy()[: self.num_words * 8].view(np.int64)
-        prefix = words[:_PREFIX].tolist()
-        expected = [_MAGIC, sequence, encode_edge(key.edge), int(key.gradient), key.layer, key.micro_batch]
+        memory = record.numpy()
+        words = self._words.unpack_from(memory)
+        prefix = words[:_PREFIX]
+        expected = (_MAGIC, sequence, encode_edge(key.edge), key.gradient, key.layer, key.micro_batch)
         if prefix[0] != _MAGIC:
             raise TransportError(f"{where}: expected a header record of {self.record_bytes} bytes at most, had garbage")
         if prefix != expected:
             had = TransferKey(decode_edge(prefix[2]), bool(prefix[3]), prefix[4], prefix[5])
             raise TransportError(f"{where}: expected message {sequence}, {key}; had message {prefix[1]}, {had}")
-        rows = words[_PREFIX : _PREFIX + len(spec.sections)].tolist()
+        rows = list(words[_PREFIX : _PREFIX + len(spec.sections)])
         for i, (section, count) in enumerate(zip(spec.sections, rows, strict=True)):
             if not 0 <= count <= section.max_rows:
                 raise TransportError(
                     f"{where}: section {i} is {section}: expected at most {section.max_bytes} bytes, "
                     f"had {count * section.row_bytes} ({count} rows)"
                 )
-        header = torch.from_numpy(words[_PREFIX + len(spec.sections) :])
-        sections: list[torch.Tensor | None] = [None] * len(spec.sections)
+        header, *sections = self._nothing
+        if spec.header_length:
+            start = (_PREFIX + len(spec.sections)) * 8
+            header = torch.frombuffer(memory, dtype=torch.int64, count=spec.header_length, offset=start)
         offset = self.num_words * 8
         for i in self.riders:
-            count = rows[i] * spec.sections[i].row_bytes
+            section = spec.sections[i]
+            count = rows[i] * section.row_bytes
             if count:
-                sections[i] = view_section(record, spec, i, rows[i], offset=offset)
+                numbers = rows[i] * section.width
+                flat = torch.frombuffer(memory, dtype=section.dtype, count=numbers, offset=offset)
+                sections[i] = flat.view(rows[i], section.width)
             offset += _align(count)
-        filled = tuple(
-            torch.empty(0, section.width, dtype=section.dtype) if tensor is None else tensor
-            for tensor, section in zip(sections, spec.sections, strict=True)
-        )
-        return Message(header, filled), rows
+        return Message(header, tuple(sections)), rows
 
 
 def _rides(section: Section) -> bool:
@@ -170,15 +186,14 @@ def _rides(section: Section) -> bool:
     return is_narrow or section.max_bytes <= _BODY_BYTES
 
 
-def view_section(buffer: torch.Tensor, spec: MessageSpec, index: int, rows: int, *, offset: int = 0) -> torch.Tensor:
-    """The bytes of a uint8 ``buffer`` from ``offset`` on as section ``index`` with ``rows`` rows.
+def view_section(buffer: torch.Tensor, spec: MessageSpec, index: int, rows: int) -> torch.Tensor:
+    """The first bytes of a uint8 ``buffer`` as section ``index`` with ``rows`` rows.
 
-    The buffer is whole elements of the section's dtype, and they begin at multiples of one.
+    The buffer is whole elements of the section's dtype.
     """
     section = spec.sections[index]
     typed = buffer.view(section.dtype)
-    first = typed.storage_offset() + offset // section.dtype.itemsize
-    return typed.as_strided((rows, section.width), (section.width, 1), first)
+    return typed.as_strided((rows, section.width), (section.width, 1), typed.storage_offset())
 
 
 class Where(NamedTuple):

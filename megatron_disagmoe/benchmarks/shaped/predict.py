@@ -6,7 +6,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +28,8 @@ from megatron_disagmoe.tracing.report import NANO, Step, events_in, find_steps
 class Predictor:
     """Simulates the steps of one AF-pipe run from its traces.
 
-    Stage times are those of the very step: of every kind of action of every stage, the mean over micro-batches of what
-    its slowest rank took, with what the executor did between its messages and it. What the executor does between an
+    Stage times are those of the very step: of every action what its slowest rank took, with what the executor did
+    between its messages and it. What the executor does between an
     action and the next one's first wait holds up the rank, not the messages. A transfer holds its ports for what its
     bytes take on the link (headers and TCP's share of the interface's count included) and arrives later by what a
     message takes where the link has no limit: copies, handshakes and wake-ups, which the link spares nobody. What a
@@ -87,12 +87,10 @@ class Predictor:
                 event = action.event
                 key = event.name, 2 * event.layer + (trace.group.side is Side.F), event.micro_batch
                 slowest[key] = max(slowest[key][0], action.own / NANO), max(slowest[key][1], action.after / NANO)
-        stages: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-        for (name, stage, _), seconds in slowest.items():
-            stages[name, stage].append(seconds)
         orders = self._orders
-        found = [stages[KINDS[k].value, s] for k, s in zip(orders.kind, orders.stage, strict=True)]
-        own, after = (np.array([mean(each[i] for each in times) for times in found]) for i in (0, 1))
+        actions = zip(orders.kind, orders.stage, orders.micro_batch, strict=True)
+        found = [slowest[KINDS[kind].value, stage, micro_batch] for kind, stage, micro_batch in actions]
+        own, after = np.array(found).T
         return own, after
 
     def _in_steps(self, steps: Sequence[Step]) -> list:

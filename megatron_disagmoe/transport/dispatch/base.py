@@ -175,6 +175,9 @@ def gradient_spec(spec: MessageSpec) -> MessageSpec:
     return MessageSpec(header_length=0, sections=sections)
 
 
+_NO_HEADER = torch.empty(0, dtype=torch.int64)  # one for all: it holds nothing that could be written to
+
+
 def no_header() -> torch.Tensor:
     """The header of a message whose spec has none."""
-    return torch.empty(0, dtype=torch.int64)
+    return _NO_HEADER
