@@ -124,8 +124,9 @@ def transfer_times(
 
     ``imbalance``: what the busiest FFN rank gets, over the mean.
     """
-    m2n_spine = _spine_factor(network, attention_pool, geometry.m2n_span)
-    n2m_spine = _spine_factor(network, attention_pool, geometry.n2m_span)
+    rails = max(attention_pool.nics_per_node, ffn_pool.nics_per_node)
+    m2n_spine = _spine_factor(network, rails, geometry.m2n_span, geometry.m2n_off)
+    n2m_spine = _spine_factor(network, rails, geometry.n2m_span, geometry.n2m_off)
 
     def one(off: Floats, on: Floats, spine: Floats) -> Floats:
         at_a = np.maximum(off * spine / ends.attention_nic, on / nvlink_rate(attention_pool)) / ends.attention_gpus
@@ -158,17 +159,21 @@ def _latency(network: Network, off: Floats) -> Floats:
     return np.where(off > 0, network.latency_us, network.local_latency_us) * 1e-6
 
 
-def _spine_factor(network: Network, pool: Pool, span: Floats) -> Floats:
+def _spine_factor(network: Network, rails: int, span: Floats, off: Floats) -> Floats:
     """How much longer traffic that leaves nodes takes where the spine is oversubscribed, at least 1.
 
-    The share that climbs to the spine is what goes to other leaves, and without forwarding to the right rail first also
-    what goes to other rails.
+    ``span``: nodes of both ends; ``off``: the share of all traffic that leaves its node. Of what leaves it, the share
+    that climbs to the spine is what goes to other leaves. Where ends lie on different nodes (all leaves) and not on one
+    leaf, some port gets everything through the spine; where each node holds a part of both, a node's traffic goes to
+    the others alike, of which k - 1 are on its leaf of k. And without forwarding to the right rail first, what goes to
+    other rails climbs too.
     """
     share = np.zeros(np.shape(span))
-    if network.nodes_per_leaf:
-        share = np.maximum(0.0, 1 - network.nodes_per_leaf / np.asarray(span))
-    if network.rail_optimised and not network.cross_rail_forwarding and pool.nics_per_node > 1:
-        share = np.maximum(share, 1 - 1 / pool.nics_per_node)
+    if leaf := network.nodes_per_leaf:
+        alike = np.maximum(0.0, 1 - (leaf - 1) / np.maximum(np.asarray(span) - 1, 1))
+        share = np.where(np.asarray(span) <= leaf, 0.0, np.where(off >= 1, 1.0, alike))
+    if network.rail_optimised and not network.cross_rail_forwarding and rails > 1:
+        share = np.maximum(share, 1 - 1 / rails)
     return np.maximum(1.0, share * network.oversubscription)
 
 

@@ -125,8 +125,11 @@ class Machines:
         a_nic, f_nic = rates[0] / nodes.a_per_node, rates[1] / nodes.f_per_node
         nvlink = self.pool.nvlink_gb_per_s * 1e9 * self.pool.nvlink_efficiency
 
-        def spine(span: float) -> float:
-            share = max(0.0, 1 - self.network.nodes_per_leaf / span) if self.network.nodes_per_leaf else 0.0
+        def spine(span: float, off: float) -> float:
+            leaf, share = self.network.nodes_per_leaf, 0.0
+            if leaf and span > leaf:
+                others = range(1, int(span))  # as node 0 sees them
+                share = 1.0 if off == 1 else sum(node >= leaf for node in others) / len(others)
             if self.network.rail_optimised and not self.network.cross_rail_forwarding and self.pool.nics_per_node > 1:
                 share = max(share, 1 - 1 / self.pool.nics_per_node)
             return max(1.0, share * self.network.oversubscription)
@@ -136,8 +139,8 @@ class Machines:
 
         def seconds(total: float, off: float, span: float) -> float:
             away, here = total * off, total * (1 - off) + tokens * handed * row
-            at_a = max(away * spine(span) / a_nic, here / nvlink) / a_gpus
-            at_f = max(away * spine(span) / f_nic, here / nvlink) / f_gpus
+            at_a = max(away * spine(span, off) / a_nic, here / nvlink) / a_gpus
+            at_f = max(away * spine(span, off) / f_nic, here / nvlink) / f_gpus
             return max(at_a, job.imbalance * at_f) + latency(off)
 
         n2m = tokens * rows * row
@@ -147,7 +150,7 @@ class Machines:
         lane = 0.0
         if lane_bytes:
             away, here = lane_bytes * nodes.lane, lane_bytes * (1 - nodes.lane)
-            lane = max(away * spine(nodes.n2m_span) / a_nic, here / nvlink) / a_gpus + latency(nodes.lane)
+            lane = max(away * spine(nodes.n2m_span, nodes.n2m) / a_nic, here / nvlink) / a_gpus + latency(nodes.lane)
         memory_rate = self.gpu.memory_bandwidth_gb_per_s * 1e9 * self.gpu.efficiency.memory
         packing = 2 * (1 + rows) * model.hidden_size * job.tokens_per_rank / cut * self.width / memory_rate
         return (

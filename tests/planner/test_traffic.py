@@ -90,7 +90,7 @@ def test_handing_on_inside_a_node_can_bind() -> None:
     ("network", "factor"),
     [
         ({"oversubscription": 4.0, "nodes_per_leaf": 32}, 1.0),  # both nodes on one leaf
-        ({"oversubscription": 4.0, "nodes_per_leaf": 1}, 2.0),  # half of two nodes' reach is behind the spine, x 4
+        ({"oversubscription": 4.0, "nodes_per_leaf": 1}, 4.0),  # the other node is behind the spine
         ({"oversubscription": 4.0, "cross_rail_forwarding": False}, 3.5),  # 7 of 8 rails
         ({"oversubscription": 1.0, "nodes_per_leaf": 1}, 1.0),
     ],
@@ -99,6 +99,19 @@ def test_an_oversubscribed_spine_slows_what_climbs_to_it(network: dict[str, Any]
     cluster = load_cluster("h800-16x8")
     spine = cluster.model_copy(update={"network": cluster.network.model_copy(update=network)})
     plain, slowed = evaluate(problem(), allocation()), evaluate(problem(cluster=spine), allocation())
+    assert slowed.links.m2n[0] - 20e-6 == pytest.approx(factor * (plain.links.m2n[0] - 20e-6))
+
+
+@pytest.mark.parametrize(("leaf", "factor"), [(4, 1.0), (3, 1.0), (2, 2.0), (1, 3.0)])
+def test_what_a_spread_group_sends_to_other_leaves(leaf: int, factor: float) -> None:
+    """Four nodes, a ratio of 3: of the three other nodes 3 - (leaf - 1) are behind the spine; one of three fits it."""
+    cluster = load_cluster("h800-16x8")
+    network = cluster.network.model_copy(update={"oversubscription": 3.0, "nodes_per_leaf": leaf})
+    sizes = {"attention_groups": 1, "ffn_groups": 2, "attention_ranks": 16, "ffn_ranks": 8}
+    a = allocation(**sizes, nodes=NodeLayout.SPREAD)
+    plain = evaluate(problem(), a)
+    slowed = evaluate(problem(cluster=cluster.model_copy(update={"network": network})), a)
+    assert plain.geometry.m2n_span[0] == 4
     assert slowed.links.m2n[0] - 20e-6 == pytest.approx(factor * (plain.links.m2n[0] - 20e-6))
 
 

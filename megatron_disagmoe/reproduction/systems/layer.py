@@ -181,7 +181,8 @@ def all_to_all_seconds(job: Job, *, rows: float, handed_on: float = 0.0, pairs: 
 def spine_factor(job: Job, nodes: int) -> float:
     """How much longer traffic among ``nodes`` nodes takes over an oversubscribed spine, as the planner has it."""
     pool, network = job.cluster.pools[0], job.cluster.network
-    share = max(0.0, 1 - network.nodes_per_leaf / nodes) if network.nodes_per_leaf else 0.0
+    leaf = network.nodes_per_leaf
+    share = 1 - (leaf - 1) / (nodes - 1) if 0 < leaf < nodes else 0.0
     if network.rail_optimised and not network.cross_rail_forwarding and pool.nics_per_node > 1:
         share = max(share, 1 - 1 / pool.nics_per_node)
     return max(1.0, share * network.oversubscription)
