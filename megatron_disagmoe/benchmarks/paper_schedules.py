@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_disagmoe.benchmarks.schedule import Case, measure
+from megatron_disagmoe.benchmarks.schedule import BAR, Case, measure
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.reproduction.constants import Constants
 from megatron_disagmoe.reproduction.hardware import calibrate
@@ -46,5 +46,9 @@ def cases() -> list[Case]:
 
 
 def check(folder: Path, *, stage_seconds: float = 0.05, repeats: int = 3) -> list[dict[str, Any]]:
-    """Measure every case; one row each, with the ratio of measured to simulated."""
-    return measure(cases(), folder, unit_seconds=stage_seconds, repeats=repeats)
+    """Measure every case; one row each, with the ratio of measured to simulated.
+
+    A case holds where the two are within 5% of each other, whichever is longer.
+    """
+    rows = measure(cases(), folder, unit_seconds=stage_seconds, repeats=repeats)
+    return [row | {"holds": abs(row["measured_over_simulated"] - 1) <= BAR - 1} for row in rows]

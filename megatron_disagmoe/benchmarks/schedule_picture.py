@@ -37,5 +37,5 @@ def draw(rows: Sequence[Row], out: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlim(0, 1.25 * max(row["measured_max_s"] for row in rows))
     axis.set_xlabel(f"seconds a step; a stage sleeps {rows[0]['stage_ms']:g} ms")
-    axis.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(out, dpi=130)

@@ -6,13 +6,16 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from megatron_disagmoe.cli.output import EXIT_DOES_NOT_HOLD, JsonOption, bad_input_exits_2, emit, err_console
+
+if TYPE_CHECKING:
+    from megatron_disagmoe.reproduction.constants import Constants
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -32,6 +35,13 @@ def reproduce(
     studies: Annotated[
         str | None, typer.Option(help="With beyond: names, with commas.", show_default="all of them")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With beyond: leave out what --out has from a run that was cut off.")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE of another constant, for figures and ceiling.", show_default=False),
+    ] = None,
     as_json: bool = JsonOption,
 ) -> None:
     """Re-create figures by simulation and compare; exit code 1 where a row misses its tolerance.
@@ -42,29 +52,54 @@ def reproduce(
     """
     with bad_input_exits_2():
         cores = processes or len(os.sched_getaffinity(0))
+        constants = _constants(changes or [])
         if figure in _MORE:
-            result, holds = _more(figure, out, cores, studies)
+            if changes and figure != "ceiling":
+                raise ValueError(f"--set is for figures and ceiling, not for {figure}: leave it out")
+            result, holds = _more(figure, out, cores, constants, studies, resume)
         else:
-            result, holds = _figures(figure, out, cores)
+            result, holds = _figures(figure, out, cores, constants)
     emit(result, as_json=as_json, render=lambda console: show(console, result))
     if not holds:
         raise typer.Exit(EXIT_DOES_NOT_HOLD)
 
 
-def _figures(name: str, out: Path | None, processes: int) -> tuple[dict[str, Any], bool]:
+def _constants(changes: list[str]) -> Constants:
+    """As fixed, but for ``changes``."""
+    from megatron_disagmoe.reproduction.constants import ORIGINS, Constants
+
+    constants = Constants()
+    for change in changes:
+        name, _, value = change.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"--set {change}: write NAME=NUMBER, NAME one of {', '.join(ORIGINS)}") from None
+        constants = constants.with_(name, number)
+        origin = ORIGINS[name]
+        if not origin.low <= number <= origin.high:
+            raise ValueError(f"--set {change}: {name} is between {origin.low:g} and {origin.high:g}")
+    return constants
+
+
+def _figures(
+    name: str, out: Path | None, processes: int, constants: Constants
+) -> tuple[dict[str, Any], bool]:
     from megatron_disagmoe.reproduction import report
     from megatron_disagmoe.reproduction.figures.catalogue import figures
     from megatron_disagmoe.reproduction.lab import Lab
 
     chosen = figures(name)
     with err_console.status(f"simulating {name}"):
-        outcomes = report.reproduce(chosen, Lab(processes=processes))
+        outcomes = report.reproduce(chosen, Lab(constants, processes))
     written = report.write(chosen, outcomes, out) if out is not None else []
     result = report.as_json(outcomes, written)
     return result, all(row["holds"] for row in result["rows"])
 
 
-def _more(name: str, out: Path | None, processes: int, studies: str | None) -> tuple[dict[str, Any], bool]:
+def _more(
+    name: str, out: Path | None, processes: int, constants: Constants, studies: str | None, resume: bool
+) -> tuple[dict[str, Any], bool]:
     def progress(text: str) -> None:
         err_console.print(text, highlight=False, markup=False)
 
@@ -72,7 +107,7 @@ def _more(name: str, out: Path | None, processes: int, studies: str | None) -> t
         from megatron_disagmoe.reproduction.beyond.study import run
 
         names = tuple(each.strip() for each in studies.split(",")) if studies else ()
-        return run(names, out, processes=processes, progress=progress), True
+        return run(names, out, processes=processes, progress=progress, resume=resume), True
     if name == "bars":
         from megatron_disagmoe.reproduction.beyond.study import bars
 
@@ -80,7 +115,7 @@ def _more(name: str, out: Path | None, processes: int, studies: str | None) -> t
     elif name == "ceiling":
         from megatron_disagmoe.reproduction.ceiling import ceilings
 
-        rows = [each.as_json() for each in ceilings(processes=processes)]
+        rows = [each.as_json() for each in ceilings(constants, processes=processes)]
         return {"rows": rows, "files": _save(name, rows, out)}, True
     elif name == "sensitivity":
         from megatron_disagmoe.reproduction import sensitivity
@@ -91,9 +126,15 @@ def _more(name: str, out: Path | None, processes: int, studies: str | None) -> t
         return result, True
     else:
         from megatron_disagmoe.benchmarks.paper_schedules import check
+        from megatron_disagmoe.benchmarks.schedule_picture import draw
 
         with tempfile.TemporaryDirectory(prefix="disagmoe-reproduce-") as scratch:
             rows = check(Path(scratch))
+        files = _save(name, rows, out)
+        if out is not None:
+            draw(rows, out / "executor.png")
+            files.append(str(out / "executor.png"))
+        return {"rows": rows, "files": files}, all(row["holds"] for row in rows)
     return {"rows": rows, "files": _save(name, rows, out)}, all(row["holds"] for row in rows)
 
 

@@ -11,9 +11,9 @@ from megatron_disagmoe.planner.evaluate import evaluate
 from megatron_disagmoe.planner.plan_file import PlanFile
 from megatron_disagmoe.planner.rerank import Ranked, ranked_as_planned
 from megatron_disagmoe.planner.verify import problem_of as problem_of_plan
-from megatron_disagmoe.reproduction.systems.af_pipe import Edition, best_af, result_of
+from megatron_disagmoe.reproduction.systems.af_pipe import best_af, result_of
 from megatron_disagmoe.reproduction.systems.catalogue import AF_PIPE, baseline
-from megatron_disagmoe.reproduction.systems.choose import Task, candidates, run
+from megatron_disagmoe.reproduction.systems.choose import Task, best_candidate
 from megatron_disagmoe.reproduction.systems.layer import Costs
 from megatron_disagmoe.reproduction.systems.pipeline import Shape, chunk_sizes
 from megatron_disagmoe.reproduction.systems.result import Result
@@ -44,18 +44,11 @@ class Simulated:
 def simulate_baseline(name: str, task: Task) -> Simulated | None:
     """A baseline at its best; None where nothing fits."""
     system = baseline(name, task.constants)
-    found: tuple[Result, Costs, Shape] | None = None
-    every = [(system.least_seconds(each.costs, each.shape), each) for each in candidates(system, task)]
-    for least, candidate in sorted(every, key=lambda each: each[0]):
-        if found is not None and least >= found[0].step_seconds:
-            break
-        result = run(system, task, candidate)
-        if found is None or result.step_seconds < found[0].step_seconds:
-            found = result, candidate.costs, candidate.shape
+    found = best_candidate(system, task)
     if found is None:
         return None
-    result, costs, shape = found
-    return Simulated(result, _slices_of(system, costs, shape))
+    result, candidate = found
+    return Simulated(result, _slices_of(system, candidate.costs, candidate.shape))
 
 
 def _slices_of(system: Serial, costs: Costs, shape: Shape) -> list[Slice]:
@@ -71,7 +64,7 @@ def _slices_of(system: Serial, costs: Costs, shape: Shape) -> list[Slice]:
 
 def simulate_af(task: Task) -> Simulated | None:
     """AF-pipe with everything the planner knows; None where nothing fits."""
-    result = best_af(task, edition=Edition.OURS)
+    result = best_af(task)
     if result is None or result.ranked is None:
         return None
     return Simulated(result, _slices_of_schedule(result.ranked))

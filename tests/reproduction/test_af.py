@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure as Picture
 
+from megatron_disagmoe.builders.placement import busiest_attention
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import ScheduleKind
 from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.space import FFN_LEVERS
-from megatron_disagmoe.reproduction.beyond.picture import crossings
+from megatron_disagmoe.planner.states import attention_parameters
+from megatron_disagmoe.reproduction.beyond import run as beyond
+from megatron_disagmoe.reproduction.beyond import study
+from megatron_disagmoe.reproduction.beyond.picture import crossings, draw
 from megatron_disagmoe.reproduction.beyond.points import BASE, Point, points, studies, zipf_imbalance
 from megatron_disagmoe.reproduction.beyond.run import Outcome, with_slow_gpu
 from megatron_disagmoe.reproduction.constants import Constants
 from megatron_disagmoe.reproduction.systems.af_build import build
 from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape, shapes
 from megatron_disagmoe.reproduction.systems.af_pipe import slowed_cluster
-from megatron_disagmoe.reproduction.systems.af_search import best_paper, bound_seconds, chosen, run
+from megatron_disagmoe.reproduction.systems.af_search import best_paper, bound_seconds, by_bound, chosen, placed, run
 from megatron_disagmoe.reproduction.systems.choose import Task
 from megatron_disagmoe.reproduction.systems.result import Result
 from megatron_disagmoe.schedules.liveness import peak_live
@@ -122,21 +130,99 @@ def test_zipf_by_hand() -> None:
     assert zipf_imbalance(4, 2, 1.0) == pytest.approx(1.25 / ((1.25 + 5 / 6) / 2))
 
 
+def test_fewer_layers_lie_beside_a_long_output_layer(task: Task) -> None:
+    found = Evaluated(task, Shape(4, 4, 4, 4))
+    ways = [found, *placed(found)]
+    assert ways[0].placement == found.placement
+    assert len({each.placement for each in ways}) == len(ways) > 1
+    beside = [each.placement.attention[:-1].count(each.placement.attention[-1]) for each in ways]
+    assert beside[1] < beside[0]
+    work = [busiest_attention(each.placement, found.costs) for each in ways]
+    assert min(work) == work[1] < work[0]
+    assert by_bound(ways)[0][1] is not found
+    assert list(placed(Evaluated(task, Shape(1, 4, 4, 4)))) == []  # one group has them all
+
+
+def test_parameters_follow_the_placement(task: Task) -> None:
+    in_turn, placed_for_tail = (Evaluated(task, Shape(3, 4, 4, 4, tail_share=share)) for share in (0.0, 1.0))
+    parameters = attention_parameters(task.model)
+    for each in (in_turn, placed_for_tail):
+        assert each.held == parameters.of_placement(each.placement.attention, tensor_parallel=1).max()
+    assert in_turn.held != placed_for_tail.held
+
+
 def test_points_say_what_they_vary() -> None:
     by_study = studies()
-    assert {"length", "bytes a parameter", "levers", "nodes", "NIC, Gbit/s", "spine", "one slow GPU"} <= set(by_study)
-    assert len({(p.study, p.x, p.model) for p in points()}) == len(list(points()))
+    assert {"length at 14 bytes", "levers", "nodes", "NIC Gbit/s", "spine", "one slow GPU"} <= set(by_study)
+    assert not any("," in name for name in by_study)  # names with commas between them are asked for
+    assert len({(p.study, p.x, p.series) for p in points()}) == len(list(points()))
     assert replace(BASE, nic_gbit=100.0).cluster().pools[0].nics_gbit_per_s == (100.0,) * 8
     assert replace(BASE, nodes=64).task().batch == 4 * 64 * 8
 
 
-def test_crossings_are_found_per_model() -> None:
-    def at(x: str, ratio: float) -> Outcome:
-        result = Result("s", ratio, ratio, 0, 0, 0, tokens=1, num_gpus=1)
-        ours = Result("af-pipe", 1.0, 1.0, 0, 0, 0, tokens=1, num_gpus=1)
-        both: dict[str, Result | None] = {"af-pipe": ours, "dualpipe-per-node": result, "megatron-1f1b": None}
-        return Outcome(Point("length", x), both, 1.0)
+def test_points_alike_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
 
-    found = crossings([at("4K", 1.2), at("8K", 1.1), at("16K", 0.9), at("32K", 0.8)])
-    assert found == [("qwen3-235b-a22b", "between 8K and 16K")]
-    assert at("4K", 1.2).over_megatron == 0.0
+    def run_point(point: Point) -> Outcome:
+        asked.append(point)
+        return Outcome(point, {}, 1.0)
+
+    monkeypatch.setattr(beyond, "run_point", run_point)
+    nic = [point for point in studies()["NIC Gbit/s"] if point.bytes_per_parameter == 14]
+    both = [*nic, *(point for point in studies()["nodes"] if point.bytes_per_parameter == 14)]
+    done: list[Outcome] = []
+    outcomes = beyond.run_all(both, processes=1, done=done.append)
+    assert [each.point for each in outcomes] == both
+    assert len(asked) == len(done) == len(both) - 1  # 16 nodes with 400 Gbit/s are in both
+
+
+def test_a_run_that_was_cut_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def run_point(point: Point) -> Outcome:
+        asked.append(point)
+        return replace(outcome("x", 1.2 if point.slow == 1 else 0.9, None), point=point)
+
+    monkeypatch.setattr(beyond, "run_point", run_point)
+    whole = study.run(("one slow GPU",), tmp_path, processes=1)
+    cases = json.loads((tmp_path / "cases.json").read_text())
+    assert len(cases) == len(asked) == 3
+    (tmp_path / "cases.json").write_text(json.dumps(cases[:1]))
+    assert study.run(("one slow GPU",), tmp_path, processes=1, resume=True) == whole
+    assert len(asked) == 5
+    (tmp_path / "cases.json").write_text('[{"point": {}}]')
+    with pytest.raises(ValueError, match="leave --resume out"):
+        study.run(("one slow GPU",), tmp_path, processes=1, resume=True)
+
+
+def outcome(x: str, ratio: float, at: float | None, model: str = "qwen3-235b-a22b") -> Outcome:
+    """AF-pipe ``ratio`` times as fast as the rival; Megatron fits nowhere."""
+    result = Result("s", ratio, ratio, 0, 0, 0, tokens=1, num_gpus=1)
+    ours = Result("af-pipe", 1.0, 1.0, 0, 0, 0, tokens=1, num_gpus=1)
+    both: dict[str, Result | None] = {"af-pipe": ours, "dualpipe-per-node": result, "megatron-1f1b": None}
+    return Outcome(Point("length", x, model, at=at), both, 1.0)
+
+
+def test_crossings_lie_between_neighbours_of_a_series() -> None:
+    gains = (("4K", 1.2, 4096), ("8K", 1.1, 8192), ("16K", 1 / 1.1, 16384), ("32K", 0.8, 32768))
+    at = [outcome(*each) for each in gains]
+    other = [outcome("4K", 0.9, 4096, "deepseek-v3"), outcome("8K", 0.8, 8192, "deepseek-v3")]
+    (found,) = crossings([*at, *other])
+    assert (found.over, found.between) == ("dualpipe-per-node", ("8K", "16K"))
+    assert found.at == pytest.approx(8192 * 2**0.5)  # as far above 1 as below, on logarithmic scales
+    assert at[0].over_megatron == 0.0
+    (linear,) = crossings([outcome("0", 1.1, 0.0), outcome("1", 1 / 1.1, 1.0)])
+    assert linear.at == pytest.approx(0.5)
+    (named,) = crossings([outcome("1:1", 1.1, None), outcome("2:1", 0.9, None)])
+    assert named.at is None
+
+
+def test_the_picture_has_a_line_for_every_crossing() -> None:
+    picture = Picture()
+    draw({"length": [outcome("4K", 1.2, 4096), outcome("16K", 0.8, 16384)]}, picture)
+    axis = picture.axes[0]
+    upright = [line for line in axis.lines if line.get_linestyle() == "--"]
+    (crossing,) = crossings([outcome("4K", 1.2, 4096), outcome("16K", 0.8, 16384)])
+    assert crossing.at is not None
+    assert 4096 < crossing.at < 16384
+    assert [line.get_xdata()[0] for line in upright] == [pytest.approx(math.log(crossing.at / 4096, 4))]

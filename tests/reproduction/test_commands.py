@@ -137,6 +137,28 @@ def test_reproduce_knows_its_figures() -> None:
     assert "there is no figure 'fig99'" in done.output
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("fig6a", "--set", "free_cuts"), "write NAME=NUMBER"),
+        (("fig6a", "--set", "free_cuts=2"), "free_cuts is between 0 and 1"),
+        (("fig6a", "--set", "speed=2"), "there is no constant 'speed'"),
+        (("bars", "--set", "free_cuts=1"), "--set is for figures and ceiling"),
+        (("beyond", "--studies", "weather"), "there is no study 'weather'"),
+    ],
+)
+def test_reproduce_refuses_bad_input(words: tuple[str, ...], message: str) -> None:
+    done = CliRunner().invoke(app, ["reproduce", *words], env={"COLUMNS": "300"})
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_another_constant_is_calibrated_anew() -> None:
+    usual, wider = (ask("reproduce", "fig6a", *more)[1]["rows"] for more in ((), ("--set", "expert_parallel=32")))
+    assert [row["paper"] for row in usual] == [row["paper"] for row in wider]
+    assert [row["ours"] for row in usual] != [row["ours"] for row in wider]
+
+
 def test_dry_run_gives_every_rank_its_role_and_command(
     small_plan: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from megatron_disagmoe.planner.states import state_level
 from megatron_disagmoe.reproduction.constants import ORIGINS, SETTINGS, Constants
 from megatron_disagmoe.reproduction.hardware import CLUSTER, calibrate, shares
 from megatron_disagmoe.reproduction.published import FIG5, FIG6A
-from megatron_disagmoe.reproduction.systems.choose import Task, best, candidates
+from megatron_disagmoe.reproduction.systems.choose import Task, best, cuts, fitting, run, ways
 from megatron_disagmoe.reproduction.systems.dualpipe import DualPipePerNode
 from megatron_disagmoe.reproduction.systems.layer import Job, Keep, all_to_all_seconds, costs_of
 from megatron_disagmoe.reproduction.systems.memory import held, state_bytes
@@ -93,12 +93,18 @@ def test_the_optimizers_state_is_shared_over_copies() -> None:
 def test_the_search_keeps_within_memory_and_takes_the_fastest() -> None:
     task = Task.usual(load_model("deepseek-moe-16b"), calibrate(Constants()).cluster(), 4096, Constants())
     system = Megatron(task.constants)
-    every = list(candidates(system, task))
+    every = [each for way in ways(system, task, [(1, 1)]) if (each := fitting(system, task, way))]
     assert all(each.peak <= 80e9 for each in every)
     found = best(system, task)
     assert found is not None
     assert found.tokens == 4 * 128 * 4096
-    assert found.step_seconds > max(system.least_seconds(each.costs, each.shape) for each in every[:1])
+    assert found.step_seconds == min(run(system, task, each).step_seconds for each in every)
+
+
+def test_cuts_of_both_kinds_share_a_sequence_among_8_at_most() -> None:
+    task = Task.usual(load_model("qwen3-235b-a22b"), load_cluster(CLUSTER), 4096, Constants())
+    # four key/value heads: tensor parallelism of 4 at most
+    assert set(cuts(task)) == {(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)}
 
 
 def test_nothing_fits_where_memory_is_too_small() -> None:

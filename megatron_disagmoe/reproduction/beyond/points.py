@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import DispatchMode, ScheduleKind
 from megatron_disagmoe.planner.cluster_spec import Cluster
 from megatron_disagmoe.planner.model_import import load_model
-from megatron_disagmoe.planner.space import Space
+from megatron_disagmoe.planner.space import FFN_LEVERS, Space
 from megatron_disagmoe.reproduction.constants import Constants
 from megatron_disagmoe.reproduction.hardware import calibrate
 from megatron_disagmoe.reproduction.systems.af_pipe import OUR_SPACE
@@ -24,22 +25,30 @@ class Levers:
     planner: Space | None = None
 
 
-#: By name; each but the last two alone on top of the paper's.
+#: The paper's levers in the planner's search, which has equal depths then; and without levers of memory.
+_PAPER_SPACE = Space(dispatch=("per-expert",), schedules=("interleaved-1f1b",), asymmetric=False)
+_NO_MEMORY_LEVERS = replace(_PAPER_SPACE, recompute_attention=(Recompute.NONE,), ffn_levers=FFN_LEVERS[:1])
+
+#: By name; each alone on top of the paper's, then two and all together.
 LEVERS: dict[str, Levers] = {
     "as in the paper": Levers(),
     "split backward": Levers(kind="split-backward"),
     "one copy per rank": Levers("per-rank"),
     "one copy per node": Levers("per-node"),
     "one copy per node, split": Levers("per-node", "split-backward"),
-    "the planner's everything": Levers(planner=OUR_SPACE),
+    "planner, as in the paper": Levers(planner=_PAPER_SPACE),
+    "planner, nothing recomputed": Levers(planner=_NO_MEMORY_LEVERS),
+    "planner, unequal depths": Levers(planner=replace(_PAPER_SPACE, asymmetric=True)),
+    "planner, everything": Levers(planner=OUR_SPACE),
 }
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of one study; ``x`` is what the study varies. ``slow``: how much slower one GPU is.
+    """One point of one study; ``x`` is what the study varies, ``at`` the same as a number where it is one.
 
-    ``free_cuts``: whether baselines may share a sequence among GPUs as they like; AF-pipe always may here.
+    ``slow``: how much slower one GPU is. ``free_cuts``: whether baselines may share a sequence among GPUs as they like;
+    AF-pipe always may here.
     """
 
     study: str
@@ -56,6 +65,17 @@ class Point:
     slow: float = 1.0
     levers: str = "one copy per node, split"
     free_cuts: bool = True
+    at: float | None = None
+
+    @property
+    def series(self) -> str:
+        """What has a line of its own in a study's picture."""
+        return f"{self.model}, {self.bytes_per_parameter} bytes"
+
+    @property
+    def case(self) -> Point:
+        """The same whatever study it is in; points alike have the same outcome."""
+        return replace(self, study="", x="", at=None)
 
     def cluster(self) -> Cluster:
         """H800 nodes, calibrated on figure 6a, as the point has them."""
@@ -93,38 +113,46 @@ def zipf_imbalance(experts: int, ranks: int, exponent: float) -> float:
     return max(loads) * ranks / sum(loads)
 
 
-_ALL_MODELS = ("deepseek-moe-16b", "gpt-oss-120b", "qwen3-235b-a22b", "deepseek-v3")
+#: DeepSeek-V3's 671B parameters don't fit 128 GPUs.
+MODELS = {"deepseek-moe-16b": 16, "gpt-oss-120b": 16, "qwen3-235b-a22b": 16, "deepseek-v3": 64}
+LEVELS = (14, 18, 8)
+#: Tokens of a sequence; at 8 bytes, where memory binds least, the two that tell most.
+LENGTHS = {14: (4096, 16384, 32768, 131072), 18: (4096, 16384, 32768, 131072), 8: (4096, 32768)}
 
 
 def points() -> Iterator[Point]:
     """Every point of every study."""
-    for model in _ALL_MODELS:
-        nodes = 64 if model == "deepseek-v3" else 16  # V3's 671B parameters don't fit 128 GPUs
-        for length in (4096, 16384, 32768, 131072):
-            yield Point("length", f"{length // 1024}K", model, length, nodes)
-        for level in (18, 8):
-            yield Point("bytes a parameter", str(level), model, nodes=nodes, bytes_per_parameter=level)
-    for levers in LEVERS:
-        yield Point("levers", levers, levers=levers)
-    for nodes in (32, 128, 512, 2048):
-        yield Point("nodes", str(nodes), nodes=nodes)
-    for gbit in (50.0, 100.0, 200.0, 800.0):
-        yield Point("NIC, Gbit/s", f"{gbit:g}", nic_gbit=gbit)
-    for ratio in (2.0, 4.0):
+    for level in LEVELS:
+        for model, nodes in MODELS.items():
+            for length in LENGTHS[level]:
+                x = f"{length // 1024}K"
+                yield Point(f"length at {level} bytes", x, model, length, nodes, level, at=length)
+    for level in (14, 18):  # the rival is ahead at one, behind at the other
+        for gbit in (50.0, 100.0, 200.0, 400.0, 800.0):
+            yield Point("NIC Gbit/s", f"{gbit:g}", nic_gbit=gbit, bytes_per_parameter=level, at=gbit)
+    for slow in (1.0, 1.2, 1.5):
+        yield Point("one slow GPU", f"{slow:g}x", slow=slow, at=slow)
+    for nodes in (16, 2048, 64, 256):
+        yield Point("nodes", str(nodes), nodes=nodes, at=nodes)
+    yield Point("spine", "1:1")
+    for ratio in (4.0, 2.0):
         yield Point("spine", f"{ratio:g}:1, leaves of 4 nodes", oversubscription=ratio, nodes_per_leaf=4)
         yield Point("spine", f"{ratio:g}:1, across rails", oversubscription=ratio, cross_rail=False)
-    for exponent in (0.3, 0.6, 1.0):
-        yield Point("imbalance (Zipf)", f"{exponent:g}", zipf=exponent)
-    for slow in (1.2, 1.5):
-        yield Point("one slow GPU", f"{slow:g}x", slow=slow)
+    for exponent in (0.0, 1.0, 0.3, 0.6):
+        yield Point("imbalance (Zipf)", f"{exponent:g}", zipf=exponent, at=exponent)
+    for levers in LEVERS:
+        yield Point("levers", levers, levers=levers)
 
 
 def studies() -> dict[str, list[Point]]:
-    """Points by study; every study of Qwen3 but those of several models has the base point too."""
+    """Points by study, along what it varies where that is a number."""
     found: dict[str, list[Point]] = {}
     for point in points():
         found.setdefault(point.study, []).append(point)
-    return found
+    return {
+        name: each if each[0].at is None else sorted(each, key=lambda point: point.at or 0.0)
+        for name, each in found.items()
+    }
 
 
 BASE = Point("base", "Qwen3, 4K, 16 nodes, 14 bytes")

@@ -17,6 +17,8 @@ from megatron_disagmoe.reproduction.beyond.run import Outcome, markdown, run_all
 BARS = ((18, 1.6), (14, 1.85))
 #: Of the best feasible allocation's lower bound, at least.
 BOUND_BAR = 0.97
+#: Outcomes as they come, in the folder of a run.
+_CASES = "cases.json"
 
 
 def bar_points() -> list[Point]:
@@ -45,26 +47,45 @@ def bars(*, processes: int = 1) -> list[dict[str, Any]]:
 
 
 def run(
-    names: tuple[str, ...], out: Path | None, *, processes: int, progress: Callable[[str], None] | None = None
+    names: tuple[str, ...],
+    out: Path | None,
+    *,
+    processes: int,
+    progress: Callable[[str], None] | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """The studies of these names, all where there are none; files into ``out``.
+    """The studies of these names, all where there are none; files into ``out``, what is known after every case.
+
+    Args:
+        resume: cases that ``out`` has from a run before are not run again.
 
     Raises:
-        ValueError: there is no study of that name.
+        ValueError: there is no study of that name, or nowhere to resume from.
     """
     every = studies()
     unknown = [name for name in names if name not in every]
     if unknown:
-        raise ValueError(f"there is no study {unknown[0]!r}; choose among {', '.join(every)}")
-    chosen = {name: every[name] for name in names or tuple(every)}
-    points = [point for each in chosen.values() for point in each]
-    outcomes = run_all(points, processes=processes, progress=progress)
+        raise ValueError(f"there is no study {unknown[0]!r}; choose among {'; '.join(every)}")
+    if resume and out is None:
+        raise ValueError("--resume needs --out: the folder of the run before")
+    points = [point for name in names or tuple(every) for point in every[name]]
+    known = _load(out / _CASES) if resume and out is not None else []
+    before = tuple(known)
+
+    def keep(outcome: Outcome) -> None:
+        known.append(outcome)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps([each.state() for each in known], allow_nan=False)
+            (out / _CASES).write_text(text + "\n", encoding="utf-8")
+
+    outcomes = run_all(points, processes=processes, progress=progress, done=keep, before=before)
     by_study: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_study.setdefault(outcome.point.study, []).append(outcome)
     result: dict[str, Any] = {
         "rows": [outcome.as_json() for outcome in outcomes],
-        "crossings": {name: crossings(each) for name, each in by_study.items()},
+        "crossings": {name: [one.as_json() for one in crossings(each)] for name, each in by_study.items()},
         "files": [],
     }
     if out is not None:
@@ -78,3 +99,17 @@ def run(
             picture.savefig(path, dpi=130)
         result["files"] = [str(path) for path in (out / "beyond.json", out / "beyond.md", *paths)]
     return {**result, "table": markdown(outcomes)}
+
+
+def _load(path: Path) -> list[Outcome]:
+    """Cases of a run before; none where there is no such file.
+
+    Raises:
+        ValueError: an older version wrote it.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [Outcome.from_state(each) for each in json.loads(path.read_text(encoding="utf-8"))]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what this version writes ({error}): leave --resume out") from error

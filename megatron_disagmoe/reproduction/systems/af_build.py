@@ -43,7 +43,8 @@ def build(evaluated: Evaluated) -> Schedule | None:
 
 def _cap(evaluated: Evaluated) -> int | None:
     cap = evaluated.most_live
-    return None if cap >= (evaluated.layers_of_group + 1) * evaluated.micro_batches else cap
+    most = max(evaluated.layers_of_group + 1, builders.least_live(evaluated.placement))
+    return None if cap >= most * evaluated.micro_batches else cap
 
 
 def _direct(evaluated: Evaluated) -> Schedule | None:

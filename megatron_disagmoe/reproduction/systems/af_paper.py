@@ -18,6 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_disagmoe.builders.placement import balanced_placement
 from megatron_disagmoe.planner.activations import PAIR_BYTES, Recompute
 from megatron_disagmoe.planner.allocation import DispatchMode, ScheduleKind
 from megatron_disagmoe.planner.arrays import Floats
@@ -33,7 +34,7 @@ from megatron_disagmoe.planner.space import FFN_LEVERS, FfnLever
 from megatron_disagmoe.planner.states import attention_parameters, state_level
 from megatron_disagmoe.planner.timing import Timer
 from megatron_disagmoe.planner.traffic import Ends, Rows, node_nic_rate, transfer_times, volumes
-from megatron_disagmoe.reproduction.systems.choose import Task
+from megatron_disagmoe.reproduction.systems.choose import CUTS, Task
 from megatron_disagmoe.schedules.actions import Placement
 
 #: How steeply step times rise below the cap that groups of 2p micro-batches ask for; for choosing what to build.
@@ -45,7 +46,8 @@ class Shape:
     """p groups a side, M attention and N FFN ranks, TP and CP of an attention rank, R replicas; levers of memory.
 
     ``nics``: NICs of either side of a block, which then lies on as many nodes as have them; None: the block's own.
-    ``dispatch``, ``kind``: the paper's own where not given.
+    ``dispatch``, ``kind``: the paper's own where not given. ``tail_share``: how much of the output layer's weight is
+    made up for by fewer layers beside it; 0: layers in turn.
     """
 
     groups: int
@@ -59,6 +61,7 @@ class Shape:
     nics: int | None = None
     dispatch: DispatchMode = "per-expert"
     kind: ScheduleKind = "interleaved-1f1b"
+    tail_share: float = 0.0
 
     @property
     def gpus_per_rank(self) -> int:
@@ -82,7 +85,7 @@ class Shared:
 
     attention: dict[tuple[int, int, Recompute], AttentionSide] = field(default_factory=dict)
     ffn: dict[tuple[int, int, Recompute], FfnSide] = field(default_factory=dict)
-    held: dict[tuple[int, int], float] = field(default_factory=dict)
+    held: dict[tuple[int, int, tuple[int, ...]], float] = field(default_factory=dict)
     transfers: dict[Shape, tuple[float, float, float]] = field(default_factory=dict)
 
 
@@ -113,17 +116,17 @@ class Evaluated:
         """Of all attention ranks of a group."""
         return self.task.sequence * self.task.constants.micro_batch_size * self.shape.attention_ranks
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
-        """Layers round-robin."""
-        p = self.shape.groups
-        return Placement.round_robin(
-            num_layers=self.model.num_moe_layers, num_attention_groups=p, num_ffn_groups=p
-        )
+        """Layers in turn, or with fewer beside the output layer."""
+        p, share, layers = self.shape.groups, self.shape.tail_share, self.model.num_moe_layers
+        if share:
+            return balanced_placement(layers, p, p, replace(self.costs, tail=share * self.costs.tail))
+        return Placement.round_robin(num_layers=layers, num_attention_groups=p, num_ffn_groups=p)
 
     @property
     def layers_of_group(self) -> int:
-        """v: of the fullest group."""
+        """v: of the fullest FFN group."""
         return -(-self.model.num_moe_layers // self.shape.groups)
 
     @cached_property
@@ -196,7 +199,7 @@ class Evaluated:
     @cached_property
     def transfers(self) -> tuple[float, float, float]:
         """Seconds of an M2N, an N2M and a lane."""
-        key = replace(self.shape, recompute_attention=Recompute.NONE, ffn_lever=FFN_LEVERS[0])
+        key = replace(self.shape, recompute_attention=Recompute.NONE, ffn_lever=FFN_LEVERS[0], tail_share=0.0)
         if key not in self.shared.transfers:
             self.shared.transfers[key] = self._transfers()
         return self.shared.transfers[key]
@@ -276,20 +279,24 @@ class Evaluated:
             lane=lane,
         )
 
-    @property
-    def estimate(self) -> float:
-        """About how long the pipeline takes: the busiest of compute and ports, or what the live activations allow."""
+    def estimate(self, *, place: bool = False) -> float:
+        """About how long the pipeline takes: the busiest of compute and ports, or what the live activations allow.
+
+        ``place``: layers make up for the output layer, and a lane counts both ways. Without, as the figures were made.
+        """
         m2n, n2m, lane = self.transfers
         a, f = self.attention, self.ffn
         v, n = self.layers_of_group, self.micro_batches
         attention = float(a.forward[1:-1].mean() + a.backward[1:-1].mean()) + 2 * self.packing
         ffn = float(f.forward + f.backward)
         again = 3 if self.shape.ffn_lever[1] else 2
-        port = (again - 1) * m2n + n2m + lane
+        port = (again - 1) * m2n + n2m + lane * (2 if place else 1)
         tail = float(a.forward[-1] + a.backward[-1])
         path = attention + ffn + 2 * (m2n + n2m)
         whole = self.model.num_moe_layers * path
         work = n * (v * max(attention, ffn, port) + tail / (1 if self.shape.groups == 1 else 2))
+        if place:
+            work = n * max(v * max(ffn, port), (self.model.num_moe_layers * attention + tail) / self.shape.groups)
         waits = n * v * whole / 2 / max(self.most_live, 1)
         groups = self.shape.groups
         # interleaved orders with groups of 2p micro-batches; below that the builders' orders soon fall behind
@@ -300,9 +307,11 @@ class Evaluated:
     @property
     def held(self) -> float:
         """Parameters on the fullest attention GPU."""
-        key = (self.shape.groups, self.shape.tensor_parallel)
+        s = self.shape
+        key = (s.groups, s.tensor_parallel, self.placement.attention if s.tail_share else ())
         if key not in self.shared.held:
-            of_groups = attention_parameters(self.model).of_groups(key[0], tensor_parallel=key[1])
+            parameters = attention_parameters(self.model)
+            of_groups = parameters.of_placement(self.placement.attention, tensor_parallel=s.tensor_parallel)
             self.shared.held[key] = float(of_groups.max())
         return self.shared.held[key]
 
@@ -361,7 +370,6 @@ def _parts(moe: MixtureOfExperts, parts: int) -> float:
 RATIOS = (2.0, 1.5, 1.25, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 1 / 3, 0.25)
 _RANKS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96)
 _MOST_GROUPS, _USED, _NEAR = 16, 0.93, 0.13
-_CUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1))
 
 
 def shapes(task: Task) -> Iterator[Shape]:
@@ -371,7 +379,7 @@ def shapes(task: Task) -> Iterator[Shape]:
     """
     world = task.cluster.num_gpus
     model, c = task.model, task.constants
-    for tp, cp in _CUTS:
+    for tp, cp in CUTS:
         if tp > model.attention.tensor_parallel_limit or task.sequence % (2 * tp * cp):
             continue
         for groups in range(1, min(_MOST_GROUPS, model.num_moe_layers) + 1):

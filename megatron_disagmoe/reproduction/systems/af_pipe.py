@@ -1,8 +1,7 @@
 """AF-pipe: allocations from the planner's search, schedules from the builders, both on the event engine.
 
-Two editions. ``PAPER`` has what the paper describes: one copy per (token, expert), as many attention as FFN groups,
-interleaved 1F1B, whole attention layers on a GPU; node layout, depth and levers of memory as the planner likes.
-``OURS`` may use everything: one copy per rank or node, split backward, unequal depths, tensor and context parallelism.
+By default everything is allowed: one copy per rank or node, split backward, unequal depths, fewer layers beside the
+output layer, tensor and context parallelism.
 
 Simplifications: those of the planner (docs/planner.md). Communication takes ``af_communication_sms`` of the SMs all the
 time, where that isn't 0.
@@ -11,42 +10,21 @@ time, where that isn't 0.
 from __future__ import annotations
 
 import dataclasses
-import enum
-import math
 from dataclasses import dataclass
 
-from megatron_disagmoe.planner.allocation import Job, NodeLayout, ScheduleKind
+from megatron_disagmoe.planner.allocation import Job, NodeLayout
 from megatron_disagmoe.planner.cluster_spec import Cluster
-from megatron_disagmoe.planner.evaluate import Evaluation, allocation_of, evaluate
+from megatron_disagmoe.planner.evaluate import allocation_of, evaluate
 from megatron_disagmoe.planner.layered_costs import LayeredCosts
-from megatron_disagmoe.planner.problem import Problem
-from megatron_disagmoe.planner.rerank import Ranked, rank
-from megatron_disagmoe.planner.search import search
+from megatron_disagmoe.planner.planning import Request, plan
+from megatron_disagmoe.planner.rerank import Ranked
 from megatron_disagmoe.planner.space import Space
-from megatron_disagmoe.planner.states import state_level
 from megatron_disagmoe.reproduction.systems.choose import Task
 from megatron_disagmoe.reproduction.systems.result import Result
 from megatron_disagmoe.schedules.orders import Orders
 from megatron_disagmoe.simulator.bounds import Workload, lower_bounds
 from megatron_disagmoe.simulator.simulate import durations, simulate_orders
 
-
-class Edition(enum.Enum):
-    """Which AF-pipe."""
-
-    PAPER = "paper"
-    OURS = "ours"
-
-
-#: Whole attention layers, one copy per (token, expert), equal depths.
-PAPER_SPACE = Space(
-    dispatch=("per-expert",),
-    asymmetric=False,
-    schedules=("interleaved-1f1b",),
-    tensor_parallel=(1,),
-    context_parallel=(1,),
-    expert_tensor_parallel=(1,),
-)
 #: Everything that the planner knows, but the order without any overlap.
 OUR_SPACE = Space(schedules=("interleaved-1f1b", "split-backward"))
 
@@ -73,40 +51,28 @@ def slowed_cluster(cluster: Cluster, sms: float) -> Cluster:
     return cluster.model_copy(update={"pools": tuple(pools)})
 
 
-def problem_of(task: Task, space: Space) -> Problem:
-    """The planner's problem."""
+def request_of(task: Task, space: Space, keep: int) -> Request:
+    """What the planner is asked."""
     c = task.constants
     cluster = slowed_cluster(task.cluster, c.af_communication_sms)
-    state = state_level(cluster.pools[0].gpu.dtype, c.bytes_per_parameter)
     job = Job(task.sequence, task.batch, c.micro_batch_size, task.imbalance)
-    return Problem(task.model, cluster, job, space, state)
+    space = dataclasses.replace(space, bytes_per_parameter=(c.bytes_per_parameter,))
+    return Request(task.model, cluster, job, space, keep)
 
 
-def best_af(
-    task: Task, *, edition: Edition = Edition.PAPER, space: Space | None = None, keep: int = 3
-) -> AfResult | None:
-    """The fastest schedule among the planner's ``keep`` best shapes that fits; None where nothing does."""
-    problem = problem_of(task, space or (PAPER_SPACE if edition is Edition.PAPER else OUR_SPACE))
-    found = search(problem, keep=keep)
-    best: Ranked | None = None
-    least = math.inf
-    for at in range(len(found.seconds)):
-        evaluation = evaluate(problem, allocation_of(problem, found.candidates, at))
-        least = min(least, evaluation.fill_bound + evaluation.synchronise_seconds)
-        for kind in problem.space.schedules:
-            tried = _better(evaluation, kind, math.inf if best is None else best.step_seconds)
-            best = tried or best
-    return None if best is None else result_of(task, best, least_bound=least)
-
-
-def _better(evaluation: Evaluation, kind: ScheduleKind, below: float) -> Ranked | None:
-    """The allocation under this kind of schedule, if it fits and takes less than ``below``."""
-    allocation = dataclasses.replace(evaluation.allocation, schedule=kind)
-    evaluation = evaluate(evaluation.problem, allocation)
-    if evaluation.fill_bound + evaluation.synchronise_seconds >= below:
+def best_af(task: Task, *, space: Space = OUR_SPACE, keep: int = 3) -> AfResult | None:
+    """What the planner finds, trying its ``keep`` best shapes and what is near them; None where nothing fits."""
+    outcome = plan(request_of(task, space, keep))
+    if not outcome.ranked:
         return None
-    ranked = rank(evaluation, evaluation.allocation.schedule)
-    return ranked if ranked is not None and ranked.step_seconds < below else None
+    every = [one.evaluation for one in outcome.ranked]
+    for found in (found for level in outcome.levels for found in level.found):
+        every += [
+            evaluate(found.problem, allocation_of(found.problem, found.candidates, at))
+            for at in range(len(found.seconds))
+        ]
+    least = min(each.fill_bound + each.synchronise_seconds for each in every)
+    return result_of(task, outcome.ranked[0], least_bound=least)
 
 
 def without_network(costs: LayeredCosts) -> LayeredCosts:

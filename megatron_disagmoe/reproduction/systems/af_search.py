@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from megatron_disagmoe import builders
 from megatron_disagmoe.reproduction.systems.af_build import build
@@ -20,6 +21,10 @@ from megatron_disagmoe.simulator.simulate import durations, simulate_orders
 
 #: Of the most promising so many get lower bounds; so many of every 8 that are built are those of the lowest bounds.
 _BOUNDED, _BY_BOUND = 32, 5
+#: Of the output layer's weight, how much fewer layers beside it may make up for.
+_TAIL_SHARES = (1.0, 0.75, 0.5, 0.25)
+#: So many of the fastest shapes, and only those this near to the fastest, get schedules for their other placements too.
+_PLACED, _NEAR = 2, 1.05
 
 
 def slowed(task: Task) -> Task:
@@ -28,8 +33,11 @@ def slowed(task: Task) -> Task:
     return dataclasses.replace(task, cluster=slowed_cluster(task.cluster, sms)) if sms else task
 
 
-def promising(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evaluated]]:
-    """Shapes with levers that may fit, by estimated seconds of the task's batch; the best lever of each shape alone."""
+def promising(task: Task, possible: Iterable[Shape], *, place: bool = False) -> list[tuple[float, Evaluated]]:
+    """Shapes with levers that may fit, by estimated seconds of the task's batch; the best lever of each shape alone.
+
+    ``place``: estimated for layers placed to make up for the output layer.
+    """
     best: dict[Shape, tuple[float, Evaluated]] = {}
     task, shared = slowed(task), Shared()
     for shape in possible:
@@ -37,7 +45,7 @@ def promising(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evalua
             found = Evaluated(task, candidate, shared)
             if found.most_live < found.layers_of_group:
                 continue
-            seconds = (found.estimate + found.synchronise_seconds) * task.batch / found.batch
+            seconds = (found.estimate(place=place) + found.synchronise_seconds) * task.batch / found.batch
             if shape not in best or seconds < best[shape][0]:
                 best[shape] = (seconds, found)
     return sorted(best.values(), key=lambda each: each[0])
@@ -55,16 +63,70 @@ def chosen(task: Task, possible: Iterable[Shape]) -> list[tuple[float, Evaluated
     return []
 
 
-def by_bound(candidates: Iterable[Evaluated]) -> list[Evaluated]:
-    """The lowest bound for as many tokens first; without those that fit nowhere."""
+def placed(candidate: Evaluated) -> Iterator[Evaluated]:
+    """A shape whose layers are placed otherwise than in turn, to make up for the output layer.
+
+    The baselines' last chunk has fewer layers for the same reason.
+    """
+    made = {candidate.placement}
+    for share in _TAIL_SHARES if candidate.shape.groups > 1 else ():
+        shape = dataclasses.replace(candidate.shape, tail_share=share)
+        each = Evaluated(candidate.task, shape, candidate.shared)
+        if each.placement not in made:
+            made.add(each.placement)
+            yield each
+
+
+def by_bound(candidates: Iterable[Evaluated]) -> list[tuple[float, Evaluated]]:
+    """The lowest bound a sequence first, with it; without those that fit nowhere."""
     bounds = [(bound_seconds(each) / each.batch, number, each) for number, each in enumerate(candidates)]
-    return [each for bound, _, each in sorted(bounds, key=lambda one: one[:2]) if math.isfinite(bound)]
+    return [(bound, each) for bound, _, each in sorted(bounds, key=lambda one: one[:2]) if math.isfinite(bound)]
 
 
-def to_build(found: list[Evaluated], keep: int) -> list[Evaluated]:
+def to_build(bounded: list[tuple[float, Evaluated]], found: list[Evaluated], keep: int) -> list[Evaluated]:
     """``keep`` of ``found``, which begins with the lowest estimates: the lowest bounds, and the lowest estimates."""
-    bounded = by_bound(found[:_BOUNDED])[: -(-keep * _BY_BOUND // 8)]
-    return [*bounded, *(each for each in found[:keep] if each not in bounded)][:keep]
+    lowest = [each for _, each in bounded][: -(-keep * _BY_BOUND // 8)]
+    return [*lowest, *(each for each in found[:keep] if each not in lowest)][:keep]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest that was built. ``least_bound``: of all that were looked at, for the task's batch."""
+
+    result: Result
+    candidate: Evaluated
+    least_bound: float
+
+
+def fastest(task: Task, found: list[Evaluated], *, keep: int, place: bool = False) -> Best | None:
+    """The fastest schedule of the ``keep`` most promising of ``found``; None where nothing fits.
+
+    Args:
+        place: build the fastest shapes with layers placed otherwise, too, and count every placement's bound. Without,
+            layers go in turn, as the paper has them.
+    """
+    bounded = by_bound(found[:_BOUNDED])
+    built: list[tuple[Result, Evaluated]] = []
+
+    def try_(candidate: Evaluated) -> None:
+        most = max((result.tokens_per_second for result, _ in built), default=0.0)
+        result = run(candidate, below=candidate.batch * task.sequence / most if most else math.inf)
+        if result is not None:
+            built.append((result, candidate))
+
+    for candidate in to_build(bounded, found, keep):
+        try_(candidate)
+    built.sort(key=lambda each: -each[0].tokens_per_second)
+    if not built:
+        return None
+    if place:
+        bounded += by_bound(way for candidate in found[:_BOUNDED] for way in placed(candidate))
+        least = built[0][0].tokens_per_second / _NEAR
+        for result, candidate in built[:_PLACED]:
+            for way in placed(candidate) if result.tokens_per_second >= least else ():
+                try_(way)
+    result, candidate = max(built, key=lambda each: each[0].tokens_per_second)
+    return Best(result, candidate, min(bound for bound, _ in bounded) * task.batch)
 
 
 def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int = 8) -> Result | None:
@@ -73,14 +135,9 @@ def best_paper(task: Task, *, possible: Iterable[Shape] | None = None, keep: int
     Args:
         possible: shapes to choose from; all that ``shapes`` lists where None.
     """
-    best: Result | None = None
     found = [each for _, each in chosen(task, shapes(task) if possible is None else possible)]
-    for candidate in to_build(found, keep):
-        below = math.inf if best is None else candidate.batch * task.sequence / best.tokens_per_second
-        result = run(candidate, below=below)
-        if result is not None and (best is None or result.tokens_per_second > best.tokens_per_second):
-            best = result
-    return best
+    best = fastest(task, found, keep=keep)
+    return best.result if best else None
 
 
 def least_paper(task: Task, *, possible: Iterable[Shape] | None = None) -> Result | None:
@@ -91,7 +148,7 @@ def least_paper(task: Task, *, possible: Iterable[Shape] | None = None) -> Resul
     found = by_bound(each for _, each in chosen(task, shapes(task) if possible is None else possible))
     if not found:
         return None
-    best, shape = found[0], found[0].shape
+    best, shape = found[0][1], found[0][1].shape
     seconds = bound_seconds(best)
     return Result(
         system="af-pipe",
@@ -169,6 +226,7 @@ def run(candidate: Evaluated, *, below: float = math.inf) -> Result | None:
             "dispatch": shape.dispatch,
             "schedule": shape.kind,
             "micro_batches": candidate.micro_batches,
+            "layers": "in turn" if not shape.tail_share else f"{shape.tail_share:g} of the tail made up for",
             "max_live": candidate.most_live,
             "lower_bound": bound,
         },

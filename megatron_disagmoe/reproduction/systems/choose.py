@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -49,8 +50,8 @@ class Candidate:
     peak: float
 
 
-#: (TP, CP) of a baseline's attention; more GPUs share a sequence where memory asks for it.
-CUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1))
+#: (TP, CP) of a system's attention; more GPUs, up to 8, share a sequence where memory asks for it.
+CUTS = tuple((tp, cp) for tp in (1, 2, 4, 8) for cp in (1, 2, 4, 8) if tp * cp <= 8)
 
 
 def cuts(task: Task) -> list[tuple[int, int]]:
@@ -85,20 +86,17 @@ def job_of(system: Serial, task: Task, keep: Keep, *, cut: tuple[int, int] = (1,
     )
 
 
-def candidates(system: Serial, task: Task) -> Iterator[Candidate]:
-    """Everything that fits, with the least recomputation that does for each shape and cut.
+@dataclass(frozen=True)
+class Way:
+    """A shape and a cut, whether it fits or not; costs by what is kept, from the least recomputation on."""
 
-    Where cuts aren't free, only the smallest that fits in some shape.
-    """
-    possible = cuts(task)
-    for size in sorted({tp * cp for tp, cp in possible}):
-        found = list(_candidates(system, task, [cut for cut in possible if cut[0] * cut[1] == size]))
-        yield from found
-        if found and not task.constants.free_cuts:
-            return
+    costs: dict[Keep, Costs]
+    shape: Shape
+    replicas: int
 
 
-def _candidates(system: Serial, task: Task, possible: list[tuple[int, int]]) -> Iterator[Candidate]:
+def ways(system: Serial, task: Task, possible: list[tuple[int, int]]) -> Iterator[Way]:
+    """Every number of pipeline ranks and virtual stages with each of these cuts."""
     c = task.constants
     parts = task.cluster.num_gpus // c.expert_parallel
     for cut in possible:
@@ -111,34 +109,64 @@ def _candidates(system: Serial, task: Task, possible: list[tuple[int, int]]) -> 
             for chunks in system.shapes(ranks, task.model.num_moe_layers):
                 shape = Shape(ranks, chunks, task.batch // per_micro_batch)
                 if not isinstance(system, DualPipe) or system.fits(shape):
-                    yield from _fitting(system, task, costs, shape, replicas)
+                    yield Way(costs, shape, replicas)
 
 
-def _fitting(
-    system: Serial, task: Task, costs: dict[Keep, Costs], shape: Shape, replicas: int
-) -> Iterator[Candidate]:
-    gpu = task.cluster.pools[0].gpu
+@functools.lru_cache(maxsize=256)
+def _peaks(system: Serial, shape: Shape) -> list[dict[int, int]]:
+    """``peak_live`` of every rank: the same whatever a cut costs."""
+    return [peak_live(system.works(shape, rank)) for rank in range(shape.ranks)]
+
+
+def fitting(system: Serial, task: Task, way: Way) -> Candidate | None:
+    """With the least recomputation that fits; None where nothing does."""
+    gpu, shape = task.cluster.pools[0].gpu, way.shape
     state = state_level(gpu.dtype, task.constants.bytes_per_parameter)
-    works = [system.works(shape, rank) for rank in range(shape.ranks)]
-    live = [peak_live(each) for each in works]
-    for each in costs.values():
-        sizes = chunk_sizes(each, shape.chunks)
-        peak = peak_bytes(each, shape, sizes, live, state=state, replicas=replicas, copies=system.copies)
+    live = _peaks(system, shape)
+    for costs in way.costs.values():
+        sizes = chunk_sizes(costs, shape.chunks)
+        peak = peak_bytes(costs, shape, sizes, live, state=state, replicas=way.replicas, copies=system.copies)
         if peak <= gpu.memory_gb * 1e9:
-            yield Candidate(each, shape, replicas, peak)
-            return
+            return Candidate(costs, shape, way.replicas, peak)
+    return None
 
 
 def best(system: Serial, task: Task) -> Result | None:
     """The fastest that fits; None where nothing does."""
-    found: Result | None = None
-    every = [(system.least_seconds(each.costs, each.shape), each) for each in candidates(system, task)]
-    for least, candidate in sorted(every, key=lambda each: each[0]):
-        if found is not None and least >= found.step_seconds:
+    found = best_candidate(system, task)
+    return found[0] if found else None
+
+
+def best_candidate(system: Serial, task: Task) -> tuple[Result, Candidate] | None:
+    """The fastest that fits, with the least recomputation that does for each shape and cut; None where nothing does.
+
+    Where cuts aren't free, only the smallest that fits in some shape.
+    """
+    possible = cuts(task)
+    if task.constants.free_cuts:
+        return _fastest(system, task, possible)
+    for size in sorted({tp * cp for tp, cp in possible}):
+        found = _fastest(system, task, [cut for cut in possible if cut[0] * cut[1] == size])
+        if found:
+            return found
+    return None
+
+
+def _fastest(system: Serial, task: Task, possible: list[tuple[int, int]]) -> tuple[Result, Candidate] | None:
+    """In order of the least that each could take with nothing recomputed, until none can be faster."""
+    every = [(system.least_seconds(way.costs[system.keeps[0]], way.shape), way) for way in ways(system, task, possible)]
+    found: tuple[Result, Candidate] | None = None
+    for least, way in sorted(every, key=lambda each: each[0]):
+        if found is not None and least >= found[0].step_seconds:
             break
+        candidate = fitting(system, task, way)
+        if candidate is None:
+            continue
+        if found is not None and system.least_seconds(candidate.costs, way.shape) >= found[0].step_seconds:
+            continue
         result = run(system, task, candidate)
-        if found is None or result.step_seconds < found.step_seconds:
-            found = result
+        if found is None or result.step_seconds < found[0].step_seconds:
+            found = result, candidate
     return found
 
 
