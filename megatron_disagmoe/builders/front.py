@@ -81,11 +81,13 @@ def build(
         max_live=max_live,
         redispatch=redispatch and not forward_only,
     )
-    found = best_order(task, group_size=group_size)
-    timetable = best_timetable(task, found, group_size=group_size) if order_messages else None
-    if timetable is not None:
-        run, made_by = timetable
-        return listed(run, {**parameters, **made_by, "order_messages": True})
+    if order_messages:
+        found, timetable = best_timetable(task, group_size=group_size)
+        if timetable is not None:
+            run, made_by = timetable
+            return listed(run, {**parameters, **made_by, "order_messages": True})
+    else:
+        found = best_order(task, group_size=group_size)
     schedule = in_micro_batch_order(found.orders).schedule({**parameters, **found.made_by})
     return redispatching(schedule, costs) if task.redispatch else schedule
 

@@ -7,6 +7,9 @@ when each ended, that pushes everything as late as it can go; laid forward again
 
 A port may then stay idle for a message that is to come, so the order of messages is part of what is found (``listed``
 writes it into the schedule).
+
+Under a cap every group has as many places as may be alive: the forward that takes a place comes after the backward that
+gave it back in the timetable before. So whatever else moves, no more are alive.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from megatron_disagmoe.simulator.simulate import Run, durations, simulate_orders
 class Gapped:
     """The actions and transfers of ``orders``, to be laid in whatever order; starts and keys are of both, in ticks."""
 
-    def __init__(self, orders: Orders, costs: StageCosts) -> None:
+    def __init__(self, orders: Orders, costs: StageCosts, *, max_live: int | None = None) -> None:
         self.orders, self.transfers, self._costs = orders, transfers_of(orders, costs), costs
         count, groups = len(orders), len(orders.bounds) - 1
         time = np.concatenate((durations(orders, costs), self.transfers.duration))
@@ -44,10 +47,12 @@ class Gapped:
             both = (ends[0] >= 0) & (ends[1] >= 0)
             before.append(ends[0][both])
             after.append(ends[1][both])
-        self._needs = _by_target(np.concatenate(before), np.concatenate(after), len(time))
-        self._needed = _by_target(np.concatenate(after), np.concatenate(before), len(time))
+        self._before, self._after = np.concatenate(before), np.concatenate(after)
+        self._max_live = None if orders.forward_only else max_live
         way = 2 * progress(orders)
         self._progress = np.concatenate((way, way[self.transfers.maker] + 1))
+        self._rank = self._progress
+        self._link(self._before, self._after)
         self._num_resources = 3 * groups
         second = self._second[self._second >= 0]
         self._room = int(max(np.bincount(self._first).max(), np.bincount(second, minlength=1).max())) + 1
@@ -56,17 +61,39 @@ class Gapped:
         """Those of a run of the same orders."""
         return np.rint(np.concatenate((run.start, run.transfer_start)) * self.scale).astype(np.int64)
 
+    def hand_out_places(self, starts: Ints) -> None:
+        """Under a cap: from now on keep every place with those who have it in the timetable ``starts``."""
+        if self._max_live is None:
+            return
+        orders, count = self.orders, len(self.orders)
+        order = np.lexsort((self._progress, self.duration > 0, starts))
+        self._rank = np.empty(len(order), np.int64)
+        self._rank[order] = np.arange(len(order))
+        computes = order[order < count]
+        before, after = [self._before], [self._after]
+        for number in range(len(orders.bounds) - 1):
+            mine = computes[(computes >= orders.bounds[number]) & (computes < orders.bounds[number + 1])]
+            takes = mine[orders.kind[mine] == F]
+            gives = mine[(orders.kind[mine] == B) | (orders.kind[mine] == W)]
+            before.append(gives[: max(0, len(takes) - self._max_live)])
+            after.append(takes[self._max_live :])
+        self._link(np.concatenate(before), np.concatenate(after))
+
+    def _link(self, before: Ints, after: Ints) -> None:
+        self._needs = _by_target(before, after, len(self.duration))
+        self._needed = _by_target(after, before, len(self.duration))
+
     def forward(self, keys: Ints) -> Ints:
         """Starts when each is laid as early as it can be, the smallest key first."""
-        order = np.argsort(self._progress, kind="stable")
+        order = np.argsort(self._rank, kind="stable")
         keys = _not_before(order, keys.copy(), *self._needs)
-        return self._lay(np.lexsort((self._progress, keys)), *self._needs)
+        return self._lay(np.lexsort((self._rank, keys)), *self._needs)
 
     def backward(self, ends: Ints) -> Ints:
         """Starts when each is laid as late as it can be, the largest of ``ends`` first; the first start is 0."""
-        order = np.argsort(-self._progress, kind="stable")
+        order = np.argsort(-self._rank, kind="stable")
         keys = _not_before(order, -ends, *self._needed)
-        starts = self._lay(np.lexsort((-self._progress, keys)), *self._needed)
+        starts = self._lay(np.lexsort((-self._rank, keys)), *self._needed)
         until: Ints = starts + self.duration
         return until.max() - until
 
@@ -83,7 +110,7 @@ class Gapped:
         micro_batch = np.concatenate((orders.micro_batch, orders.micro_batch[maker]))
         mine = np.empty_like(starts)
         mine[np.lexsort((micro_batch, slots))] = starts[np.lexsort((starts, slots))]
-        order = np.lexsort((self._progress[:count], mine[:count], orders.group))
+        order = np.lexsort((self._progress[:count], self.duration[:count] > 0, mine[:count], orders.group))
         place = np.empty(count, np.int64)
         place[order] = np.arange(count)
         turn = np.empty(len(maker), np.int64)
@@ -102,22 +129,26 @@ class Gapped:
         return _lay(order, self.duration, self._first, self._second, offsets, needs, self._num_resources, self._room)
 
 
-def improved(run: Run, costs: StageCosts, *, passes: int) -> Iterator[Run]:
+def improved(run: Run, costs: StageCosts, *, passes: int, max_live: int | None = None) -> Iterator[Run]:
     """Runs of the actions of ``run`` after every pass, begun backward and begun forward, while they get shorter.
 
-    In their orders every port keeps one (``Orders.ports``).
+    In their orders every port keeps one (``Orders.ports``). With ``max_live``, which ``run`` must keep, hardly any
+    breaks it: only where an action that takes no time was laid into the middle of another.
     """
-    gapped = Gapped(run.orders, costs)
+    gapped = Gapped(run.orders, costs, max_live=max_live)
     starts = gapped.starts(run)
+    gapped.hand_out_places(starts)
     for keys in (gapped.backward(starts + gapped.duration), starts):
         best = NEVER
         for _ in range(passes):
+            gapped.hand_out_places(keys)
             laid = gapped.forward(keys)
             makespan = int((laid + gapped.duration).max())
             if makespan >= best:
                 break
             best = makespan
             yield gapped.run(laid)
+            gapped.hand_out_places(laid)
             keys = gapped.backward(laid + gapped.duration)
 
 

@@ -66,25 +66,26 @@ def _search(task: Task, group_size: int | None) -> Found:
 
 
 def best_timetable(
-    task: Task, found: Found, *, group_size: int | None = None
-) -> tuple[Run, dict[str, object]] | None:
-    """The best run found in which ports wait for the message whose turn it is, and how it was made.
+    task: Task, *, group_size: int | None = None
+) -> tuple[Found, tuple[Run, dict[str, object]] | None]:
+    """``best_order``; and the best run found in which ports wait for the message whose turn it is, and how it was made.
 
-    The best orders of the same search, each improved together with its messages. None where ``found``, the best order
-    without, is about as fast.
+    The best orders of the same search, each improved together with its messages; None where that is about as slow.
     """
-    makespan = found.makespan * (1 - _ALIKE)
-    search = Search(task, keep=_IMPROVED if len(found.orders) <= LARGE else 1)
+    search = Search(task, keep=_IMPROVED)
     _try_all(search, group_size)
+    capped = task.max_live is not None
+    found = search.best or one_by_one(search) if capped else best_order(task, group_size=group_size)
+    makespan = found.makespan * (1 - _ALIKE)
     best: tuple[Run, dict[str, object]] | None = None
-    for start in search.runners_up:
+    for start in search.runners_up[: 1 if len(found.orders) > LARGE else None]:
         if makespan <= search.bound:
             break
-        for run in improved(start.run, task.costs, passes=_PASSES):
+        for run in improved(start.run, task.costs, passes=_PASSES, max_live=task.max_live):
             fits = task.max_live is None or most_live(run.orders) <= task.max_live
             if fits and run.makespan < makespan:
                 makespan, best = run.makespan, (run, start.made_by)
-    return best
+    return found, best
 
 
 def _try_all(search: Search, group_size: int | None) -> None:

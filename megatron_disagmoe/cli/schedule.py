@@ -117,7 +117,10 @@ def build(
         placement = _placement(layers, attention_groups, ffn_groups or attention_groups, place_layers, costs)
         _check_cap(placement, max_live, forward_only=forward_only)
         outs = _outs(out, frontier=frontier)
-        points = _frontier(placement, kind, micro_batches, costs, frontier_caps, outs.picture) if frontier else None
+        points: list[Point] | None = None
+        if frontier:
+            caps = _caps(placement, frontier_caps)
+            points = _frontier(placement, kind, micro_batches, costs, caps, outs.picture, order_messages=order_messages)
         result: dict[str, Any] = {}
         report: Report | None = None
         if redispatch:
@@ -288,21 +291,40 @@ def _outs(out: Path | None, *, frontier: bool) -> _Outs:
     return _Outs(out, out.with_suffix(".frontier.svg"))
 
 
+def _caps(placement: Placement, caps: str | None) -> list[int]:
+    """What ``--frontier-caps`` says, or the usual ones."""
+    if caps is None:
+        return default_caps(placement)
+    words = caps.replace(",", " ").split()
+    if not words or not all(word.isdigit() for word in words):
+        raise ValueError(f"--frontier-caps {caps!r} is not a list of whole numbers, such as 9,16,64")
+    tried = sorted({int(word) for word in words})
+    least = builders.least_live(placement)
+    if tried[0] < least:
+        raise ValueError(f"--frontier-caps: {tried[0]} is too low for any order; the least is {least}")
+    return tried
+
+
 def _frontier(
-    placement: Placement, kind: str, micro_batches: int, costs: StageCosts, caps: str | None, picture: Path | None
+    placement: Placement,
+    kind: str,
+    micro_batches: int,
+    costs: StageCosts,
+    caps: list[int],
+    picture: Path | None,
+    *,
+    order_messages: bool,
 ) -> list[Point]:
     """The points of the frontier, drawn into ``picture``; progress on standard error."""
-    tried = default_caps(placement)
-    if caps is not None:
-        words = caps.replace(",", " ").split()
-        if not words or not all(word.isdigit() for word in words):
-            raise ValueError(f"--frontier-caps {caps!r} is not a list of whole numbers, such as 9,16,64")
-        tried = sorted({int(word) for word in words})
-        least = builders.least_live(placement)
-        if tried[0] < least:
-            raise ValueError(f"--frontier-caps: {tried[0]} is too low for any order; the least is {least}")
     points: list[Point] = []
-    for point in frontier_of(placement, kind=kind, num_micro_batches=micro_batches, costs=costs, caps=tried):
+    for point in frontier_of(
+        placement,
+        kind=kind,
+        num_micro_batches=micro_batches,
+        costs=costs,
+        caps=caps,
+        order_messages=order_messages,
+    ):
         points.append(point)
         err_console.print(f"{point.lever}, at most {point.max_live} alive: {point.makespan:.6g}", highlight=False)
     if picture is not None:

@@ -45,6 +45,27 @@ def test_levers_cost_time_and_save_memory(points: list[Point]) -> None:
     assert slow["re-dispatch"].live_ffn == 1
 
 
+def test_messages_in_order() -> None:
+    """Never slower; second dispatches have no order."""
+    slow = StageCosts(attention=1, ffn=1, transfer=1.5)
+    plain, ordered = (
+        list(
+            frontier(
+                PLACEMENT,
+                kind="interleaved-1f1b",
+                num_micro_batches=8,
+                costs=slow,
+                caps=(8,),
+                levers=("plain", "re-dispatch"),
+                order_messages=order,
+            )
+        )
+        for order in (False, True)
+    )
+    assert plain[0].makespan > ordered[0].makespan >= ordered[0].bound
+    assert plain[1] == ordered[1]
+
+
 def test_default_caps_reach_from_the_least_to_four_layers() -> None:
     caps = default_caps(PLACEMENT)
     assert (caps[0], caps[-1]) == (builders.least_live(PLACEMENT), 16)

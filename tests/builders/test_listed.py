@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from megatron_disagmoe import builders
 from megatron_disagmoe.builders.gapped import improved
 from megatron_disagmoe.builders.listed import listed
+from megatron_disagmoe.builders.search import most_live
+from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.schedules.actions import Kind, Placement, Schedule
 from megatron_disagmoe.schedules.orders import Ints, Orders
 from megatron_disagmoe.schedules.verifier import verify
@@ -18,7 +20,7 @@ from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.engine import Floats
 from megatron_disagmoe.simulator.simulate import Run, simulate, simulate_orders
 from tests.schedules.oracle import why_unsafe
-from tests.schedules.strategies import runnable_computes
+from tests.schedules.strategies import placements, runnable_computes
 
 times = st.sampled_from((0.3, 0.5, 1.0, 1.5, 2.5))
 zero_or_more = st.just(0.0) | times
@@ -69,8 +71,40 @@ def test_timetables_are_sound_and_their_schedules_safe(schedule: Schedule, costs
         assert makespan >= bound - 1e-9
 
 
+one_by_one = st.builds(sequential, placements(), num_micro_batches=st.integers(2, 5), forward_only=st.just(False))
+
+
+@given(runnable_computes().filter(builders_may_make) | one_by_one, costs)
+@settings(deadline=None, max_examples=100)
+def test_places_are_kept(schedule: Schedule, costs: StageCosts) -> None:
+    """No more alive than before, unless an action without time gets into the middle of another."""
+    start = simulate_orders(Orders.of(schedule), costs)
+    cap = most_live(start.orders)
+    for run in improved(start, costs, passes=3, max_live=cap):
+        assert is_sound(run)
+        assert most_live(run.orders) <= cap or costs.tail == 0
+        assert verify(listed(run, {})).ok
+
+
 NETWORK_BOUND = StageCosts(attention=1, ffn=1, transfer=1.5)
 RING = Placement.round_robin(num_layers=8, num_attention_groups=2, num_ffn_groups=2)
+
+
+def test_messages_are_ordered_within_a_cap() -> None:
+    plain, ordered = (
+        builders.build(
+            "interleaved-1f1b",
+            RING,
+            num_micro_batches=16,
+            costs=NETWORK_BOUND,
+            max_live=14,
+            order_messages=order,
+        )
+        for order in (False, True)
+    )
+    assert ordered.ports_in_order
+    assert verify(ordered, max_live=14).ok
+    assert simulate(ordered, NETWORK_BOUND).makespan < simulate(plain, NETWORK_BOUND).makespan
 
 
 def test_the_builder_orders_messages_where_that_is_faster() -> None:
