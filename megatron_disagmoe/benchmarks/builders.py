@@ -55,6 +55,9 @@ def cases() -> Iterator[Case]:
     costs = StageCosts(attention=1, ffn=1, transfer=0.5)
     for cap in CAPS:
         yield Case("frontier", "interleaved-1f1b", _ring(32, 4, 4), 64, costs, 1.05, "cap", cap)
+    for cap in CAPS:
+        args = ("interleaved-1f1b", _ring(32, 4, 4), 64, costs, 1.05, "cap", cap)
+        yield Case("frontier in order", *args, order_messages=True)
     for layers, n, caps in ((4, 8, (3, 4, 5, 6, 8, 10, 12, 16)), (8, 16, (5, 7, 9, 12, 16, 20, 28))):
         for cap in caps:
             yield Case("small frontier", "interleaved-1f1b", _ring(layers, 2, 2), n, costs, 1.05, "cap", cap)
