@@ -28,6 +28,8 @@ from megatron_disagmoe.planner.drift import drift as compare
 from megatron_disagmoe.planner.drift import new_plan, parse_mix
 from megatron_disagmoe.planner.explain import binding, explained, uses
 from megatron_disagmoe.planner.model_import import load_model
+from megatron_disagmoe.planner.paper_roofline import Split, split_of
+from megatron_disagmoe.planner.picture import check_picture, draw_roofline
 from megatron_disagmoe.planner.plan_file import PlanFile, load_plan, save_plan
 from megatron_disagmoe.planner.plan_making import plan_of
 from megatron_disagmoe.planner.planning import Outcome, Request, default_batch
@@ -97,6 +99,8 @@ def plan(
         for flag, value in (("--model", model), ("--cluster", cluster), ("--seq-length", seq_length)):
             if value is None:
                 raise ValueError(f"{flag} is missing")
+        if picture is not None:
+            check_picture(picture)
         assert model is not None, "checked above"
         assert cluster is not None, "checked above"
         assert seq_length is not None, "checked above"
@@ -140,16 +144,17 @@ def plan(
         if out is not None:
             save_plan(planned, out)
         if picture is not None:
-            from megatron_disagmoe.planner.picture import draw_roofline
-
             draw_roofline(outcome.ranked[0], picture)
-    result = _as_json(outcome, planned, varied) | {"out": str(out) if out else None}
-    emit(result, as_json=as_json, render=lambda console: render_plan(console, outcome, planned, varied))
+    paper = split_of(request.model, machines, sequence=seq_length)
+    result = _as_json(outcome, planned, varied, paper) | {"out": str(out) if out else None}
+    emit(result, as_json=as_json, render=lambda console: render_plan(console, outcome, planned, varied, paper))
     if out is not None and not as_json:
         err_console.print(f"plan written to {out}", highlight=False)
 
 
-def _as_json(outcome: Outcome, planned: PlanFile, varied: list[Variation]) -> dict[str, Any]:
+def _as_json(
+    outcome: Outcome, planned: PlanFile, varied: list[Variation], paper: Split | None
+) -> dict[str, Any]:
     best, sizes = outcome.ranked[0], planned.sizes
     return {
         "feasible": True,
@@ -171,6 +176,7 @@ def _as_json(outcome: Outcome, planned: PlanFile, varied: list[Variation]) -> di
         "plan": planned.model_dump(mode="json"),
         "binding": binding(best),
         "uses": [dataclasses.asdict(use) for use in uses(best)],
+        "paper": None if paper is None else dataclasses.asdict(paper),
         "alternatives": rows_of_alternatives(outcome),
         "sensitivity": [dataclasses.asdict(each) for each in varied],
     }

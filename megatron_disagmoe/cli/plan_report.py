@@ -13,13 +13,16 @@ from rich.table import Table
 from megatron_disagmoe.planner.allocation import IN_TURN
 from megatron_disagmoe.planner.drift import Drift, Mixed
 from megatron_disagmoe.planner.explain import uses
+from megatron_disagmoe.planner.paper_roofline import Split
 from megatron_disagmoe.planner.plan_file import MemoryRecord, PlanFile
 from megatron_disagmoe.planner.planning import Outcome, Request
 from megatron_disagmoe.planner.rerank import Ranked
 from megatron_disagmoe.planner.sensitivity import Diagnosis, Variation
 
 
-def render_plan(console: Console, outcome: Outcome, plan: PlanFile, varied: Sequence[Variation]) -> None:
+def render_plan(
+    console: Console, outcome: Outcome, plan: PlanFile, varied: Sequence[Variation], paper: Split | None
+) -> None:
     """Everything about the plan: what it is, what binds, memory, why, next best, sensitivity."""
     _sizes(console, plan)
     console.print(_uses(outcome.ranked[0]))
@@ -29,6 +32,13 @@ def render_plan(console: Console, outcome: Outcome, plan: PlanFile, varied: Sequ
     console.print(_alternatives(outcome))
     if varied:
         console.print(_sensitivity(varied, outcome.analytic_seconds))
+    if paper is not None:
+        console.print(
+            f"the paper's closed forms (peak speed, one copy an expert, no memory, no latency) give attention "
+            f"{paper.attention_gpus} GPUs and {paper.attention_nics} NICs, FFN {paper.ffn_gpus} and {paper.ffn_nics}",
+            highlight=False,
+            soft_wrap=True,
+        )
     for line in plan.missing:
         console.print(f"this version cannot run it yet: {line}", style="yellow", markup=False, soft_wrap=True)
     console.print(
@@ -53,11 +63,12 @@ def _lines(plan: PlanFile) -> Iterator[tuple[str, str]]:
     speed = f"{e.tokens_per_second:,.0f} tokens/s, {e.mfu:.1%} MFU"
     yield "step", f"{e.step_time_s:.4g} s (lower bound {bound:.4g}), {speed}"
     cut = f" x TP {s.tensor_parallel} x CP {s.context_parallel}" if s.tensor_parallel * s.context_parallel > 1 else ""
-    yield "attention", f"{s.attention_groups} groups x {s.attention_ranks} ranks{cut}, {m.attention_nics:g} NICs"
+    groups, ranks = _counted(s.attention_groups, "group"), _counted(s.attention_ranks, "rank")
+    yield "attention", f"{groups} x {ranks}{cut}, {m.attention_nics:g} NICs{_on(m.attention_pool, m.ffn_pool)}"
     etp = f" x ETP {s.expert_tensor_parallel}" if s.expert_tensor_parallel > 1 else ""
-    yield "FFN", f"{s.ffn_groups} groups x {s.ffn_ranks} ranks{etp}, {m.ffn_nics:g} NICs"
-    replicas = f"{s.replicas} replicas" if s.replicas > 1 else "1 replica"
-    yield "GPUs", f"{s.gpus} on {m.nodes} nodes ({m.layout}), {replicas}"
+    groups, ranks = _counted(s.ffn_groups, "group"), _counted(s.ffn_ranks, "rank")
+    yield "FFN", f"{groups} x {ranks}{etp}, {m.ffn_nics:g} NICs{_on(m.ffn_pool, m.attention_pool)}"
+    yield "GPUs", f"{s.gpus} on {_counted(m.nodes, 'node')} ({m.layout}), {_counted(s.replicas, 'replica')}"
     if way := plan.flags.get("--af-place-layers"):
         *groups, tail = str(way).partition("/")[0].split(",")
         held = Counter(groups)
@@ -75,6 +86,15 @@ def _lines(plan: PlanFile) -> Iterator[tuple[str, str]]:
     yield "levers", f"{lever.dispatch} dispatch; {recompute}"
     shared = ", distributed optimizer" if lever.distributed_optimizer else ""
     yield "", f"{lever.bytes_per_parameter} bytes a parameter{shared}"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'s' if number > 1 else ''}"
+
+
+def _on(pool: str, other: str) -> str:
+    """Where a side is, if the other is elsewhere."""
+    return f", on {pool}" if pool != other else ""
 
 
 def _uses(ranked: Ranked) -> Table:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from megatron_disagmoe.planner.cluster_spec import Cluster
 from megatron_disagmoe.planner.model_spec import ModelSpec
 from megatron_disagmoe.planner.operations import (
     Does,
@@ -28,6 +29,7 @@ from megatron_disagmoe.planner.operations import (
     moe_dense_operations,
     num_flops,
 )
+from megatron_disagmoe.planner.traffic import node_nic_rate
 
 
 @dataclass(frozen=True)
@@ -166,3 +168,14 @@ def utilisation(c: Coefficients, machine: Machine, split: Split, *, sequence: in
     """(C_A + C_F) / (T W P) over the GPUs that the split uses."""
     used = split.attention_gpus + split.ffn_gpus
     return (c.attention_flops(sequence) + c.ffn_flops(sequence)) / (split.seconds * used * machine.flops)
+
+
+def split_of(model: ModelSpec, cluster: Cluster, *, sequence: int) -> Split | None:
+    """The paper's split of a whole cluster; None where it has not got one kind of GPU, or no two NICs."""
+    if len(cluster.pools) > 1 or cluster.num_nics < 2:
+        return None
+    pool = cluster.pools[0]
+    nic = node_nic_rate(pool, cluster.network) / pool.nics_per_node
+    machine = Machine(cluster.num_gpus, cluster.num_nics, pool.gpu.peak_flops, nic)
+    c = coefficients(model, bytes_per_number=pool.gpu.bytes_per_number)
+    return solve_milp(c, machine, sequence=sequence)

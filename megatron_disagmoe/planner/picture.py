@@ -66,17 +66,26 @@ def points(ranked: Ranked) -> list[Point]:
     return found
 
 
+def check_picture(out: Path) -> None:
+    """Before anything takes long.
+
+    Raises:
+        ValueError: for an ending that cannot be drawn.
+    """
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--picture {out}: the name must end in .png, .svg or .pdf")
+
+
 def draw_roofline(ranked: Ranked, out: Path) -> None:
     """Write the picture; its kind follows the file's ending.
 
     Raises:
         ValueError: for an ending that cannot be drawn.
     """
+    check_picture(out)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--picture {out}: the name must end in .png, .svg or .pdf")
     with mpl.rc_context({"svg.hashsalt": "disagmoe", "font.size": 9}):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         _draw(figure.subplots(), points(ranked))
@@ -105,6 +114,7 @@ def _draw(axes: Axes, both: list[Point]) -> None:
             xytext=(6, -11),
             color=colour,
         )
+    axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="at the data sheet's peak")
     axes.set(xscale="log", yscale="log", xlabel="model FLOPs per byte sent", ylabel="FLOP/s a GPU")
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend(fontsize=8, loc="lower right")

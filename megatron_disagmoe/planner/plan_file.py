@@ -296,7 +296,8 @@ def read_plan(path: str) -> PlanFile:
 
 
 def save_plan(plan: PlanFile, path: str | Path) -> None:
-    """Write ``plan`` as YAML."""
+    """Write ``plan`` as YAML; folders that are not there are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(dump_yaml(plan), encoding="utf-8")
 
 

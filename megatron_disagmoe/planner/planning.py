@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 
 from megatron_disagmoe.planner.allocation import Job
 from megatron_disagmoe.planner.cluster_spec import Cluster
+from megatron_disagmoe.planner.contest import rerank
 from megatron_disagmoe.planner.model_spec import ModelSpec
 from megatron_disagmoe.planner.problem import Problem
-from megatron_disagmoe.planner.rerank import Ranked, in_order, rerank
+from megatron_disagmoe.planner.rerank import Ranked, in_order
 from megatron_disagmoe.planner.search import Found, search
 from megatron_disagmoe.planner.space import Space
 from megatron_disagmoe.planner.states import StateBytes, state_level, state_levels

@@ -1,25 +1,22 @@
-"""The best candidates again, exactly: schedules built and run by the event engine, their live activations counted.
+"""An allocation exactly: its schedule built and run by the event engine, its live activations counted.
 
-Builders get the number of live activations that memory allows as a cap, and choose G themselves. What cannot beat the
-best so far, by its lower bound, is not built.
+Builders get the number of live activations that memory allows as a cap, and choose G themselves. Which candidates are
+worth a schedule is decided in ``contest``.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
 
 from megatron_disagmoe import builders
-from megatron_disagmoe.planner.allocation import IN_TURN, Allocation, ScheduleKind
-from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory, allocation_of, evaluate
+from megatron_disagmoe.planner.allocation import IN_TURN, ScheduleKind
+from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory, evaluate
 from megatron_disagmoe.planner.layered_costs import LayeredCosts
-from megatron_disagmoe.planner.placing import ways_to_place
-from megatron_disagmoe.planner.search import TIE, Found, search
-from megatron_disagmoe.planner.space import fixed_sizes
+from megatron_disagmoe.planner.search import TIE
 from megatron_disagmoe.schedules.actions import Group, Placement, Schedule, Side
 from megatron_disagmoe.schedules.liveness import lifetimes, live_counts, peak_live
 from megatron_disagmoe.schedules.orders import Orders
@@ -27,15 +24,6 @@ from megatron_disagmoe.simulator.simulate import simulate_orders
 from megatron_disagmoe.simulator.step_bound import step_bound
 from megatron_disagmoe.simulator.workload import Workload
 
-#: Shapes whose other choices are tried, and how many choices are looked at for each.
-_REFINED, _CHOICES = 2, 200
-#: Most of them that are scheduled, for each shape: many where a schedule is small (layers x micro-batches), else few.
-_MANY, _FEW, _SMALL = 40, 3, 200
-#: Where schedules are large, an analytic time this many times the best real one is not scheduled: schedules of choices
-#: that are alike lose alike.
-_BEHIND = 1.05
-#: What a schedule could gain at most by its bound (relative) that is not worth building it.
-_WORTH = 0.002
 #: How often a lower cap is tried for schedules whose tail holds more than one micro-batch.
 _LOWER = 3
 
@@ -75,81 +63,15 @@ class Ranked:
         return size if isinstance(size, int) else None
 
 
-def rerank(*found: Found, progress: Callable[[int, int], None] | None = None) -> list[Ranked]:
-    """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs.
+def no_faster_than(evaluation: Evaluation, *, max_live: int | None = None) -> float:
+    """The least step time of any schedule within the live activations that memory allows; infinite where none is.
 
-    Schedules are made for the analytically best first, whichever search found it. For the best shapes, and for those
-    whose best choice fits with no real schedule, their other choices (layout, dispatch, levers, kinds of schedule) are
-    tried too, by their lower bounds: with too little memory for an unhindered schedule the analytic time tells little.
+    ``max_live``: a cap that is lower still.
     """
-    contest = _Contest()
-    without: list[Evaluation] = []
-    every = [
-        evaluate(each.problem, allocation_of(each.problem, each.candidates, at))
-        for each in found
-        for at in range(len(each.seconds))
-    ]
-    for number, evaluation in enumerate(sorted(every, key=lambda each: each.step_seconds)):
-        chosen = evaluation.allocation.schedule
-        kinds: list[ScheduleKind] = [chosen]
-        if chosen != "sequential":
-            kinds = [kind for kind in evaluation.problem.space.schedules if kind != "sequential"]
-        results = {contest.enter(placed, kind) for placed in ways_to_place(evaluation) for kind in kinds}
-        if "none fits" in results and "ranked" not in results:
-            without.append(evaluation)
-        if progress:
-            progress(number + 1, len(every))
-    for evaluation in [*without, *(each.evaluation for each in in_order(contest.ranked)[:_REFINED])]:
-        _refine(evaluation, contest)
-    return in_order(contest.ranked)
-
-
-#: What became of a schedule that might win; left out is what cannot, or what has been ranked already.
-Entry = Literal["ranked", "none fits", "left out"]
-
-
-class _Contest:
-    """Ranks what may still win; the same only once."""
-
-    def __init__(self) -> None:
-        self.ranked: list[Ranked] = []
-        self.best = math.inf
-        self.tried = 0
-        self._seen: set[Allocation] = set()
-
-    def enter(self, evaluation: Evaluation, kind: ScheduleKind) -> Entry:
-        """Rank an allocation with this kind of schedule, unless its bound says that it cannot win."""
-        allocation = replace(evaluation.allocation, schedule=kind, group_size=1)
-        behind = evaluation.step_seconds > _BEHIND * self.best and not _is_small(evaluation)
-        if behind or allocation in self._seen:
-            return "left out"
-        evaluation = evaluate(evaluation.problem, allocation)
-        enough = self.best * (1 - _WORTH)
-        if evaluation.fill_bound + evaluation.synchronise_seconds >= enough:
-            return "left out"
-        least = no_faster_than(evaluation)
-        if least >= enough:
-            return "left out" if math.isfinite(least) else "none fits"
-        self._seen.add(allocation)
-        self.tried += 1
-        ranked = rank(evaluation, kind)
-        if ranked is None:
-            return "none fits"
-        self.ranked.append(ranked)
-        self.best = min(self.best, ranked.step_seconds)
-        return "ranked"
-
-
-def _is_small(evaluation: Evaluation) -> bool:
-    return evaluation.num_micro_batches * evaluation.problem.num_layers <= _SMALL
-
-
-def no_faster_than(evaluation: Evaluation) -> float:
-    """The least step time of any schedule within the live activations that memory allows; infinite where none is."""
     synchronise = evaluation.synchronise_seconds
     if evaluation.allocation.schedule == "sequential":
         return evaluation.step_seconds
-    cap = live_cap(evaluation)
+    cap = live_cap(evaluation) if max_live is None else max_live
     if cap < builders.least_live(evaluation.placement):
         return math.inf
     a = evaluation.allocation
@@ -161,20 +83,6 @@ def no_faster_than(evaluation: Evaluation) -> float:
         redispatch=a.redispatch,
     )
     return step_bound(workload, max_live=cap) + synchronise
-
-
-def _refine(shape: Evaluation, contest: _Contest) -> None:
-    """Rank other choices for the sizes of ``shape``."""
-    problem, a = shape.problem, shape.allocation
-    sizes = replace(problem, space=fixed_sizes(problem.space, a))
-    found = search(sizes, keep=_CHOICES, every_choice=True)
-    every = [evaluate(sizes, allocation_of(sizes, found.candidates, at)) for at in range(len(found.seconds))]
-    most = contest.tried + (_MANY if _is_small(shape) else _FEW)
-    for evaluation in sorted(every, key=lambda each: each.fill_bound + each.synchronise_seconds):
-        if contest.tried >= most:
-            break
-        for placed in ways_to_place(evaluation):
-            contest.enter(placed, evaluation.allocation.schedule)
 
 
 def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:
@@ -198,8 +106,11 @@ def in_order(ranked: Sequence[Ranked]) -> list[Ranked]:
     return result
 
 
-def rank(evaluation: Evaluation, kind: ScheduleKind) -> Ranked | None:
-    """The allocation with the best schedule of this kind that fits its memory; None where none does."""
+def rank(evaluation: Evaluation, kind: ScheduleKind, *, below: float = math.inf) -> Ranked | None:
+    """The allocation with the best schedule of this kind that fits its memory; None where none does.
+
+    Or where what fits takes ``below`` seconds a step at least, by its lower bound.
+    """
     evaluation = evaluate(evaluation.problem, replace(evaluation.allocation, schedule=kind))
     cap = live_cap(evaluation)
     held = max(Counter(evaluation.placement.attention).values()), max(Counter(evaluation.placement.ffn).values())
@@ -213,6 +124,8 @@ def rank(evaluation: Evaluation, kind: ScheduleKind) -> Ranked | None:
         if too_many <= 0:
             return ranked
         cap = min(cap, max(ranked.peak_live.values())) - too_many
+        if cap >= least and no_faster_than(evaluation, max_live=cap) >= below:
+            return None
     return None
 
 

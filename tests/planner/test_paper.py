@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.evaluate import evaluate
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.paper_roofline import (
@@ -17,6 +18,7 @@ from megatron_disagmoe.planner.paper_roofline import (
     seconds_of,
     solve_by_enumeration,
     solve_milp,
+    split_of,
     utilisation,
 )
 from tests.planner.problems import allocation, ideal_cluster, problem
@@ -65,6 +67,22 @@ def test_our_model_becomes_the_papers(sequence: int) -> None:
     assert e.costs.forward_times[1] == pytest.approx(8 * c.ffn_flops(sequence) / (16 * peak), rel=1e-6)
     # N2M carries hidden states only; the 8 NICs of the attention side bind.
     assert e.links.n2m[0] == pytest.approx(8 * c.num_bytes(sequence) / (8 * nic))
+
+
+def test_the_papers_split_of_a_cluster() -> None:
+    """Mixtral at 4K: compute binds, so M : N = C_A : C_F, which makes 18.3 of 128: 18 or 19."""
+    cluster, model = load_cluster("h800-16x8"), load_model("mixtral-8x7b")
+    found, c = split_of(model, cluster, sequence=4096), coefficients(model)
+    assert found is not None
+    # 32 heads, 128 + 128 numbers; qkv, output projection and router; 2 experts of 3 matrices
+    a = 4096 * (2 * 2048.5 * 32 * 256 + 2 * 4096 * 6144 + 2 * 4096 * 4096 + 2 * 4096 * 8)
+    f = 4096 * 2 * 3 * 2 * 4096 * 14336
+    assert (c.attention_flops(4096), c.ffn_flops(4096)) == (a, f)
+    assert 18 < 128 * a / (a + f) < 19
+    assert max(a / 19, f / 109) < max(a / 18, f / 110)
+    assert (found.attention_gpus, found.ffn_gpus) == (19, 109)
+    assert found.seconds == pytest.approx(max(a / 19, f / 109) / 989.4e12)
+    assert split_of(model, load_cluster("laptop"), sequence=4096) is None  # no NICs
 
 
 def test_two_sides_need_two_gpus() -> None:

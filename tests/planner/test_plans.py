@@ -287,6 +287,7 @@ def test_the_command_writes_a_plan_that_it_verifies(tmp_path: Path) -> None:
     sizes = {"attention_groups", "ffn_groups", "attention_ranks", "ffn_ranks", "replicas"}
     assert sizes | {"attention_nics", "ffn_nics", "step_time_s", "memory_gb", "solve_time_s"} <= set(result)
     assert set(result["memory_gb"]) == {"attention", "ffn"}
+    assert result["paper"] is None  # the laptop has no NICs to split
     assert math.isfinite(result["step_time_s"])
     assert result["alternatives"][0]["analytic_s"] == pytest.approx(result["step_time_s"], rel=0.02)
     code, stdout, _ = _plan_command("verify", str(out), "--model", "quickstart", "--cluster", "laptop", "--json")
@@ -325,6 +326,7 @@ BAD: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda _: ["--model", "quickstart", "--cluster", "laptop", "--seq-length", "2000000000"], "--seq-length"),
     (lambda _: [*SMALL, "--micro-batch-size", "7"], "--global-batch-size 16"),
     (lambda _: [*SMALL, "--imbalance", "nan"], "--imbalance"),
+    (lambda _: [*SMALL, "--picture", "roofline.gif"], "--picture roofline.gif"),
     (lambda _: [*SMALL, "--fix", "ffn_ranks=7"], "ffn_ranks"),
     (lambda _: [*SMALL, "--fix", "ranks=7"], "--fix ranks=7"),
     (lambda _: [*SMALL, "--fix", "dispatch=by-hand"], "dispatch=by-hand"),

@@ -8,14 +8,17 @@ import random
 
 import pytest
 
-from megatron_disagmoe.planner.allocation import Allocation
+from megatron_disagmoe.planner.allocation import Allocation, NodeLayout
+from megatron_disagmoe.planner.cluster_import import load_cluster
+from megatron_disagmoe.planner.contest import rerank
 from megatron_disagmoe.planner.evaluate import Evaluation, evaluate
 from megatron_disagmoe.planner.problem import Problem
-from megatron_disagmoe.planner.rerank import rank, rerank
+from megatron_disagmoe.planner.rerank import Ranked, in_order, rank, ranked_as_planned
 from megatron_disagmoe.planner.search import search
 from megatron_disagmoe.simulator.bounds import lower_bounds
 from megatron_disagmoe.simulator.workload import Workload
 from tests.planner.oracle import Oracle
+from tests.planner.problems import allocation, problem
 from tests.planner.test_search import INSTANCES, random_problem
 
 #: How far from the engine's optimum a plan may be.
@@ -37,14 +40,14 @@ def _engine_best(problem: Problem, *, below: float) -> tuple[float, int]:
             key = dataclasses.replace(each.allocation, group_size=1)
             bounds[key] = min(each.bound, bounds.get(key, math.inf))
     best, simulated = math.inf, 0
-    for allocation, bound in sorted(bounds.items(), key=lambda item: item[1]):
+    for candidate, bound in sorted(bounds.items(), key=lambda item: item[1]):
         if bound >= min(below, best) or simulated >= MOST:
             break
-        evaluation = evaluate(problem, allocation)
+        evaluation = evaluate(problem, candidate)
         if _no_faster_than(evaluation) >= min(below, best):
             continue
         simulated += 1
-        ranked = rank(evaluation, allocation.schedule)
+        ranked = rank(evaluation, candidate.schedule)
         if ranked is not None:
             best = min(best, ranked.step_seconds)
     return best, simulated
@@ -72,13 +75,13 @@ def compare(numbers: range) -> tuple[list[float], int, int]:
     ratios: list[float] = []
     simulated = cut = 0
     for number in range(numbers.stop):
-        problem = random_problem(rng)
+        drawn = random_problem(rng)
         if number not in numbers:
             continue
-        plans = rerank(search(problem, keep=8))
+        plans = rerank(search(drawn, keep=8))
         if not plans:
             continue
-        best, count = _engine_best(problem, below=plans[0].step_seconds / BAR)
+        best, count = _engine_best(drawn, below=plans[0].step_seconds / BAR)
         simulated, cut = simulated + count, cut + (count >= MOST)
         ratios.append(plans[0].step_seconds / min(best, plans[0].step_seconds))
     return ratios, simulated, cut
@@ -94,14 +97,35 @@ def test_the_plan_is_within_one_percent_of_the_engines_optimum() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ranked_plans_are_in_order_and_fit(seed: int) -> None:
-    problem = random_problem(random.Random(seed))
-    plans = rerank(search(problem, keep=8))
+    drawn = random_problem(random.Random(seed))
+    plans = rerank(search(drawn, keep=8))
     times = [each.step_seconds for each in plans]
     assert times == sorted(times)
     for each in plans:
-        assert each.attention.total <= problem.attention_pool.gpu.memory_gb * 1e9
-        assert each.ffn.total <= problem.ffn_pool.gpu.memory_gb * 1e9
+        assert each.attention.total <= drawn.attention_pool.gpu.memory_gb * 1e9
+        assert each.ffn.total <= drawn.ffn_pool.gpu.memory_gb * 1e9
         assert each.step_seconds >= each.evaluation.fill_bound
+
+
+def test_ties_go_to_utilisation_and_then_to_fewer_gpus() -> None:
+    """By hand: of three plans that take 10 s, 16 GPUs beat 24 of the same kind, and 24 of which 16 are half as fast."""
+    cluster = load_cluster("h800-16x8")
+    pool = cluster.pools[0]
+    slow = pool.gpu.model_copy(update={"name": "half", "peak_tflops": pool.gpu.peak_tflops / 2})
+    mixed = cluster.model_copy(update={"pools": (pool, pool.model_copy(update={"name": "half", "gpu": slow}))})
+    known = problem("mixtral-8x7b", mixed, batch=64)
+
+    def plan(ffn_groups: int, *, ffn_pool: int = 0, seconds: float = 10.0) -> Ranked:
+        a = allocation(attention_groups=1, ffn_groups=ffn_groups, group_size=1, schedule="sequential")
+        a = dataclasses.replace(a, nic_split=0, ffn_pool=ffn_pool, nodes=NodeLayout.SEPARATE)
+        evaluation = evaluate(dataclasses.replace(known, ffn_pool_index=ffn_pool), a)
+        ranked = ranked_as_planned(evaluation, group_size=None, max_live=None)
+        return dataclasses.replace(ranked, pipeline_seconds=seconds - evaluation.synchronise_seconds)
+
+    few, many, halves, fast = plan(1), plan(2), plan(2, ffn_pool=1), plan(2, seconds=9.99)
+    utilisation = [each.evaluation.mfu_at(10.0) for each in (few, halves, many)]
+    assert utilisation[0] == utilisation[1] == pytest.approx(1.5 * utilisation[2])
+    assert in_order([many, halves, few, fast]) == [fast, few, halves, many]
 
 
 if __name__ == "__main__":
