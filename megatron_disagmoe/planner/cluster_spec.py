@@ -21,6 +21,9 @@ from megatron_disagmoe.planner.files import (
     read_mapping,
 )
 
+#: Of a cluster; more is a slip of the pen.
+MOST_GPUS = 1_000_000
+
 Curve = Annotated[tuple[tuple[float, float], ...], AfterValidator(increasing)]
 
 
@@ -166,6 +169,8 @@ class Cluster(Strict):
         names = [pool.name for pool in self.pools]
         if len(set(names)) != len(names):
             raise ValueError(f"pools must have different names, got {names}")
+        if self.num_gpus > MOST_GPUS:
+            raise ValueError(f"pools: num_nodes x gpus_per_node make {self.num_gpus:,} GPUs; at most {MOST_GPUS:,}")
         if self.num_nodes > 1:
             for pool in self.pools:
                 if not pool.nics_gbit_per_s:

@@ -52,6 +52,7 @@ def _changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("pools.0.nics_gbit_per_s", [400, 0], "nics_gbit_per_s.1"),
         ("pools.0.nics_gbit_per_s", [], "nics_gbit_per_s"),
         ("pools.0.num_nodes", 10**9, "num_nodes"),
+        ("pools.0.num_nodes", 10**6, "num_nodes x gpus_per_node make 8,000,000 GPUs"),
         ("pools.0.gpus_per_node", 0, "gpus_per_node"),
         ("pools.0.gpu", "h9000", "h9000"),
         ("pools.0.gpu", {"name": "x"}, "peak_tflops"),
