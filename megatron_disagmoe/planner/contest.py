@@ -149,7 +149,11 @@ class _Contest:
         self._seen: dict[tuple[int, int, ScheduleKind, bool], list[_Seen]] = {}
 
     def first_look(self, shape: _Shape) -> None:
-        """Rank the first schedule of a shape that may win and fits; all of them where they are small."""
+        """Rank the first schedule of a shape that may win and fits; all of them where they are small.
+
+        And of the best so far the others at once, so that less is built after it (but those that dispatch again take
+        long, and seldom gain).
+        """
         small, results = _is_small(shape.evaluation), list[Entry]()
         while shape.ways and (small or not any(isinstance(result, Ranked) for result in results)):
             way, kind, _ = shape.ways.pop(0)
@@ -157,6 +161,8 @@ class _Contest:
         times = [result.step_seconds for result in results if isinstance(result, Ranked)]
         shape.first = shape.seconds = min(times, default=math.inf)
         shape.fits_nowhere = "none fits" in results and not times
+        if times and shape.first <= self.best and not shape.evaluation.allocation.redispatch:
+            self.look_further(shape)
 
     def look_further(self, shape: _Shape) -> None:
         """Rank a shape's other schedules that may win and are not hopeless."""
