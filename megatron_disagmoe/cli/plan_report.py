@@ -70,8 +70,8 @@ def _lines(plan: PlanFile) -> Iterator[tuple[str, str]]:
     yield "FFN", f"{groups} x {ranks}{etp}, {m.ffn_nics:g} NICs{_on(m.ffn_pool, m.attention_pool)}"
     yield "GPUs", f"{s.gpus} on {_counted(m.nodes, 'node')} ({m.layout}), {_counted(s.replicas, 'replica')}"
     if way := plan.flags.get("--af-place-layers"):
-        *groups, tail = str(way).partition("/")[0].split(",")
-        held = Counter(groups)
+        *stages, tail = str(way).partition("/")[0].split(",")
+        held = Counter(stages)
         counts = ", ".join(str(held[str(group)]) for group in range(s.attention_groups))
         yield "layers", f"{counts} on the attention groups in turn, the output layer on group {tail}"
     b = plan.batch

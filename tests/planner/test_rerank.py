@@ -125,7 +125,8 @@ def test_ties_go_to_utilisation_and_then_to_fewer_gpus() -> None:
     few, many, halves, fast = plan(1), plan(2), plan(2, ffn_pool=1), plan(2, seconds=9.99)
     utilisation = [each.evaluation.mfu_at(10.0) for each in (few, halves, many)]
     assert utilisation[0] == utilisation[1] == pytest.approx(1.5 * utilisation[2])
-    assert in_order([many, halves, few, fast]) == [fast, few, halves, many]
+    assert in_order([many, halves, few]) == [few, halves, many]
+    assert in_order([few, halves, fast]) == [fast, few, halves]  # a tie is no more than that
 
 
 if __name__ == "__main__":
