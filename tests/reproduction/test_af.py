@@ -139,7 +139,8 @@ def test_fewer_layers_lie_beside_a_long_output_layer(task: Task) -> None:
     assert beside[1] < beside[0]
     work = [busiest_attention(each.placement, found.costs) for each in ways]
     assert min(work) == work[1] < work[0]
-    assert by_bound(ways)[0][1] is not found
+    bounds = [bound for bound, _ in by_bound(ways)]  # here the network binds, so layers in turn may have the lowest
+    assert bounds == sorted(bounds)
     assert list(placed(Evaluated(task, Shape(1, 4, 4, 4)))) == []  # one group has them all
 
 
