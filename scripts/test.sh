@@ -16,7 +16,9 @@ check() {  # NAME COMMAND...
 check ruff "$VENV/bin/ruff" check .
 check mypy "$VENV/bin/mypy"
 check shellcheck find scripts .ci patches -type f \( -name '*.sh' -o -path .ci/run \) -exec "$VENV/bin/shellcheck" -x {} +
-check pytest "$VENV/bin/python" -m pytest "$@"
+beside=()
+[ $# -gt 0 ] || beside=(-n 2 --dist loadgroup) # what starts ranks in one worker, everything else in the other
+check pytest "$VENV/bin/python" -m pytest "${beside[@]}" "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then die "failed: ${failed[*]}"; fi
 say "All checks passed."

@@ -32,8 +32,8 @@ def bits(result: Comparison) -> bool:
 
 
 @pytest.mark.timeout(240)
-def test_topologies(tmp_path: Path) -> None:
-    names = ("smallest", "m2", "n2", "m2-n2", "p2", "r2", "a1-f2", "a2-f1")
+@pytest.mark.parametrize("names", [("smallest", "n2", "p2", "a1-f2", "a2-f1"), ("m2", "m2-n2", "r2")])
+def test_topologies(tmp_path: Path, names: tuple[str, ...]) -> None:
     for result in compared(tmp_path, *names).values():
         assert len(result.af_pipe) == 20
 
@@ -45,12 +45,20 @@ def test_layers_that_do_not_divide(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_bf16(tmp_path: Path) -> None:
-    names = ("smallest", "m2", "n2", "m2-n2", "p2", "r2", "ragged", "p2-dense-first", "checkpoint", "no-clip")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("smallest", "n2", "p2"),
+        ("m2", "m2-n2", "r2"),
+        ("ragged", "p2-dense-first", "checkpoint", "no-clip"),
+    ],
+)
+def test_bf16(tmp_path: Path, names: tuple[str, ...]) -> None:
     results = compared(tmp_path, *(f"{name}-bf16" for name in names))
     assert {result.case.dtype for result in results.values()} == {"bf16"}
     # Without a tied weight and without clipping no sum is taken in another order.
-    assert bits(results["no-clip-bf16"])
+    if "no-clip" in names:
+        assert bits(results["no-clip-bf16"])
 
 
 @pytest.mark.timeout(240)

@@ -29,11 +29,11 @@ class Predictor:
     """Simulates the steps of one AF-pipe run from its traces.
 
     Stage times are those of the very step: of every action what its slowest rank took, with what the executor did
-    between its messages and it. What the executor does between an
-    action and the next one's first wait holds up the rank, not the messages. A transfer holds its ports for what its
-    bytes take on the link (headers and TCP's share of the interface's count included) and arrives later by what a
-    message takes where the link has no limit: copies, handshakes and wake-ups, which the link spares nobody. What a
-    step does outside its stages (optimizer, gradient norm) is added as measured.
+    between its messages and it. What the executor does between an action and the next one's first wait holds up the
+    rank, not the messages. A transfer holds its ports for what its bytes take on the link (headers and TCP's share of
+    the interface's count included) and arrives later by what a message takes where the link has no limit: copies,
+    handshakes and wake-ups, which the link spares nobody. What a step does outside its stages (optimizer, gradient
+    norm) is added as measured.
     """
 
     def __init__(self, traces: Path, variant: Variant, model: Model, hosts: int) -> None:
