@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure as Picture
 
@@ -226,4 +227,4 @@ def test_the_picture_has_a_line_for_every_crossing() -> None:
     (crossing,) = crossings([outcome("4K", 1.2, 4096), outcome("16K", 0.8, 16384)])
     assert crossing.at is not None
     assert 4096 < crossing.at < 16384
-    assert [line.get_xdata()[0] for line in upright] == [pytest.approx(math.log(crossing.at / 4096, 4))]
+    assert [np.asarray(line.get_xdata())[0] for line in upright] == [pytest.approx(math.log(crossing.at / 4096, 4))]
