@@ -9,8 +9,9 @@ import threading
 from typing import Any
 
 #: Settings of UCX for TCP where the environment says nothing: reads of a ready socket a round, and socket buffers.
-#: Whatever a socket has taken waits in the network's queue, and acknowledgements and notes wait behind it: so little.
-_UCX_DEFAULTS = {"UCX_TCP_MAX_POLL": "128", "UCX_TCP_SNDBUF": "64k", "UCX_TCP_RCVBUF": "2m"}
+#: What a socket has taken waits in the network's queue, and acknowledgements and notes wait behind it: on a slow link a
+#: smaller send buffer is better, but at 1 Gbit/s it costs throughput (docs/transport.md).
+_UCX_DEFAULTS = {"UCX_TCP_MAX_POLL": "128", "UCX_TCP_SNDBUF": "2m", "UCX_TCP_RCVBUF": "2m"}
 
 
 def import_nixl() -> Any:
