@@ -16,9 +16,7 @@ check() {  # NAME COMMAND...
 check ruff "$VENV/bin/ruff" check .
 check mypy "$VENV/bin/mypy"
 check shellcheck find scripts .ci patches -type f \( -name '*.sh' -o -path .ci/run \) -exec "$VENV/bin/shellcheck" -x {} +
-beside=()
-[ $# -gt 0 ] || beside=(-n 2 --dist loadgroup) # what starts ranks in one worker, everything else in the other
-check pytest "$VENV/bin/python" -m pytest "${beside[@]}" "$@"
+check pytest "$VENV/bin/python" -m pytest "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then die "failed: ${failed[*]}"; fi
 say "All checks passed."
