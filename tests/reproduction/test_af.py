@@ -25,9 +25,10 @@ from megatron_disagmoe.reproduction.beyond.points import BASE, Point, points, st
 from megatron_disagmoe.reproduction.beyond.run import Outcome, with_slow_gpu
 from megatron_disagmoe.reproduction.constants import Constants
 from megatron_disagmoe.reproduction.systems.af_build import build
-from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape, shapes
+from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape
 from megatron_disagmoe.reproduction.systems.af_pipe import slowed_cluster
 from megatron_disagmoe.reproduction.systems.af_search import best_paper, bound_seconds, by_bound, chosen, placed, run
+from megatron_disagmoe.reproduction.systems.af_shapes import shapes
 from megatron_disagmoe.reproduction.systems.choose import Task
 from megatron_disagmoe.reproduction.systems.result import Result
 from megatron_disagmoe.schedules.liveness import peak_live

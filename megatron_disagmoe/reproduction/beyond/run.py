@@ -13,9 +13,10 @@ from megatron_disagmoe.planner.layered_costs import LayeredCosts
 from megatron_disagmoe.reproduction.beyond.points import LEVERS, Point
 from megatron_disagmoe.reproduction.figures.base import gain, summary
 from megatron_disagmoe.reproduction.systems.af_build import build
-from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, shapes
+from megatron_disagmoe.reproduction.systems.af_paper import Evaluated
 from megatron_disagmoe.reproduction.systems.af_pipe import best_af
 from megatron_disagmoe.reproduction.systems.af_search import Best, fastest, promising
+from megatron_disagmoe.reproduction.systems.af_shapes import shapes
 from megatron_disagmoe.reproduction.systems.catalogue import BASELINES
 from megatron_disagmoe.reproduction.systems.choose import Task, best
 from megatron_disagmoe.reproduction.systems.result import Result

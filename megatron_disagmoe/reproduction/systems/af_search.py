@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from megatron_disagmoe import builders
 from megatron_disagmoe.reproduction.systems.af_build import build
-from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape, Shared, levers, shapes
+from megatron_disagmoe.reproduction.systems.af_paper import Evaluated, Shape, Shared
 from megatron_disagmoe.reproduction.systems.af_pipe import slowed_cluster, without_network
+from megatron_disagmoe.reproduction.systems.af_shapes import levers, shapes
 from megatron_disagmoe.reproduction.systems.choose import Task
 from megatron_disagmoe.reproduction.systems.result import Result
 from megatron_disagmoe.schedules.actions import Side
