@@ -122,9 +122,7 @@ def plan(
             from megatron_disagmoe.profiling.command import plan_by_trials
 
             try:
-                plan_by_trials(
-                    request, out=out, cluster_out=cluster_out, trials=trials, radius=radius, as_json=as_json
-                )
+                plan_by_trials(request, out=out, cluster_out=cluster_out, trials=trials, radius=radius, as_json=as_json)
             except RuntimeError as error:  # a trial failed
                 err_console.print(f"--profile: {error}", markup=False, highlight=False, soft_wrap=True)
                 raise typer.Exit(EXIT_DOES_NOT_HOLD) from None
@@ -138,7 +136,7 @@ def plan(
                 planned = plan_of(outcome.ranked[0], reasons=said)
                 many = machines.num_gpus > _MANY_GPUS
                 asked = sensitivity if sensitivity is not None else not (as_json or many)
-                varied = vary(request) if asked else []
+                varied = vary(request, progress=report) if asked else []
         if not outcome.ranked:
             _no_plan(request, diagnosis, outcome, as_json=as_json)
         if out is not None:
@@ -152,9 +150,7 @@ def plan(
         err_console.print(f"plan written to {out}", highlight=False)
 
 
-def _as_json(
-    outcome: Outcome, planned: PlanFile, varied: list[Variation], paper: Split | None
-) -> dict[str, Any]:
+def _as_json(outcome: Outcome, planned: PlanFile, varied: list[Variation], paper: Split | None) -> dict[str, Any]:
     best, sizes = outcome.ranked[0], planned.sizes
     return {
         "feasible": True,
@@ -285,9 +281,10 @@ def drift(
         planned = load_plan(file)
         shares = parse_mix(mix)
         spec, machines = load_model(model or planned.model), load_cluster(cluster or planned.cluster)
-        found = compare(planned, spec, machines, shares, restart_seconds=restart_seconds)
-        if out is not None:
-            save_plan(new_plan(found, planned, spec, machines), out)
+        with _progress() as report:
+            found = compare(planned, spec, machines, shares, restart_seconds=restart_seconds, progress=report)
+            if out is not None:
+                save_plan(new_plan(found, planned, spec, machines, progress=report), out)
     emit(
         drift_json(found, remaining_steps) | {"out": str(out) if out else None},
         as_json=as_json,

@@ -42,20 +42,35 @@ _GAIN, _LUCK = 0.85, 0.95
 
 
 def rerank(*found: Found, progress: Callable[[int, int], None] | None = None) -> list[Ranked]:
-    """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs."""
+    """What of ``found`` fits with its real schedule, the fastest first; ties by utilisation, then by fewer GPUs.
+
+    ``progress`` is told how many looks of how many are done; how many there are is an upper bound until the last.
+    """
     contest = _Contest()
     shapes = [_Shape.of(evaluation) for evaluation in _in_turn(found)]
-    for number, shape in enumerate(shapes):
-        contest.first_look(shape)
+    done, most = 0, 3 * len(shapes) + _REFINED_LARGE
+
+    def looked() -> None:
+        nonlocal done
+        done += 1
         if progress:
-            progress(number + 1, len(shapes))
+            progress(done, most)
+
+    for shape in shapes:
+        contest.first_look(shape)
+        looked()
     for shape in sorted(shapes, key=lambda shape: shape.seconds):
         contest.look_further(shape)
+        looked()
     without = [shape.evaluation for shape in shapes if shape.fits_nowhere]
     for evaluation in without:
         _refine(evaluation, math.inf, contest)
+        looked()
     for each in _worth_refining(in_order(contest.ranked)):
         _refine(each.evaluation, each.step_seconds, contest)
+        looked()
+    if progress:
+        progress(most, most)
     return in_order(contest.ranked)
 
 

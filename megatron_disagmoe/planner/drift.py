@@ -17,7 +17,7 @@ from megatron_disagmoe.planner.evaluate import allocation_of
 from megatron_disagmoe.planner.model_spec import ModelSpec
 from megatron_disagmoe.planner.plan_file import PlanFile
 from megatron_disagmoe.planner.plan_making import plan_of
-from megatron_disagmoe.planner.planning import LevelSearch, Request, best_analytic
+from megatron_disagmoe.planner.planning import LevelSearch, Progress, Request, best_analytic, part
 from megatron_disagmoe.planner.planning import plan as make_plan
 from megatron_disagmoe.planner.search import search
 from megatron_disagmoe.planner.space import Space, fixed_sizes
@@ -42,8 +42,8 @@ def parse_mix(text: str) -> tuple[Share, ...]:
         ValueError: not of that form.
     """
     found = []
-    for part in text.split(","):
-        length, _, share = part.partition(":")
+    for item in text.split(","):
+        length, _, share = item.partition(":")
         try:
             found.append(Share(int(length), float(share or 1)))
         except ValueError:
@@ -99,6 +99,7 @@ def drift(
     *,
     space: Space | None = None,
     restart_seconds: float = 120.0,
+    progress: Progress | None = None,
 ) -> Drift:
     """Compare ``plan`` with the best for ``mix`` on ``cluster`` (which may be measured anew).
 
@@ -109,8 +110,13 @@ def drift(
     free = replace(space or Space(), bytes_per_parameter=(state.total,))
     current = plan.allocation(pools=tuple(pool.name for pool in cluster.pools))
     requests = [Request(model, cluster, _job(plan, each.length), free, keep=_KEEP) for each in mix]
-    candidates = [current, *_candidates(requests)]
-    mixed = [_over_mix(allocation, requests, mix) for allocation in dict.fromkeys(map(_sizes_only, candidates))]
+    candidates = [current, *_candidates(requests, progress)]
+    mixed: list[Mixed] = []
+    different = list(dict.fromkeys(map(_sizes_only, candidates)))
+    for allocation in different:
+        mixed.append(_over_mix(allocation, requests, mix))
+        if progress:
+            progress("comparing over the mix", len(mixed) / len(different), len(mixed))
     best = min(mixed, key=lambda each: each.mean)
     if math.isinf(best.mean):
         lengths = ", ".join(str(each.length) for each in mix)
@@ -133,12 +139,13 @@ def _job(plan: PlanFile, length: int) -> Job:
     return Job(length, max(1, round(sequences / unit)) * unit, batch.micro_batch_size, batch.imbalance)
 
 
-def _candidates(requests: Sequence[Request]) -> Iterator[Allocation]:
+def _candidates(requests: Sequence[Request], progress: Progress | None) -> Iterator[Allocation]:
     """The best of every length."""
     for request in requests:
         state = request.levels()[0]
+        report = part(progress, f"searching at {request.job.sequence_length} tokens")
         for problem in request.problems(state):
-            found = search(problem, keep=request.keep)
+            found = search(problem, keep=request.keep, progress=report)
             for at in range(len(found.seconds)):
                 yield allocation_of(problem, found.candidates, at)
 
@@ -162,7 +169,9 @@ def _seconds(request: Request) -> float:
     return found.seconds if found else math.inf
 
 
-def new_plan(found: Drift, plan: PlanFile, model: ModelSpec, cluster: Cluster) -> PlanFile:
+def new_plan(
+    found: Drift, plan: PlanFile, model: ModelSpec, cluster: Cluster, *, progress: Progress | None = None
+) -> PlanFile:
     """The best allocation of a mix as a plan, its schedule made for the most frequent length.
 
     Raises:
@@ -170,7 +179,7 @@ def new_plan(found: Drift, plan: PlanFile, model: ModelSpec, cluster: Cluster) -
     """
     most = max(found.mix, key=lambda each: each.share)
     space = fixed_sizes(Space(bytes_per_parameter=(plan.levers.bytes_per_parameter,)), found.best.allocation)
-    ranked = make_plan(Request(model, cluster, _job(plan, most.length), space)).ranked
+    ranked = make_plan(Request(model, cluster, _job(plan, most.length), space), progress=progress).ranked
     if not ranked:
         raise ValueError(f"--mix: no schedule of the new allocation fits {most.length} tokens")
     return plan_of(ranked[0], reasons=[f"made for a mix of lengths, scheduled for {most.length} tokens"])

@@ -81,7 +81,7 @@ def explained(outcome: Outcome, *, progress: Progress | None = None) -> tuple[Ou
     while True:
         best, said = outcome.ranked[0], []
         for what, without in _without(best.evaluation, request):
-            other = _best_without(best, request, without, progress)
+            other = _best_without(best, request, without, _labelled(progress, f"without {what}"))
             if isinstance(other, Ranked) and other.step_seconds < best.step_seconds * (1 - TIE):
                 ranked = tuple(in_order([other, *outcome.ranked]))
                 outcome = replace(outcome, ranked=ranked, state=other.evaluation.problem.state)
@@ -89,6 +89,13 @@ def explained(outcome: Outcome, *, progress: Progress | None = None) -> tuple[Ou
             said.append(f"{what}: {_compared(best.step_seconds, other)}")
         else:
             return outcome, said
+
+
+def _labelled(progress: Progress | None, label: str) -> Progress | None:
+    if progress is None:
+        return None
+    known = progress
+    return lambda what, share, count: known(f"{label}: {what}", share, count)
 
 
 def _without(e: Evaluation, request: Request) -> Iterator[tuple[str, Request]]:
@@ -112,14 +119,16 @@ def _without(e: Evaluation, request: Request) -> Iterator[tuple[str, Request]]:
         less = replace(space, ffn_levers=kept)
         yield f"{a.recompute_ffn.label} recomputation on the FFN side", replace(request, space=less)
     if a.attention_groups != a.ffn_groups:
-        yield f"{a.attention_groups} attention to {a.ffn_groups} FFN groups", replace(
-            request, space=replace(space, asymmetric=False)
+        yield (
+            f"{a.attention_groups} attention to {a.ffn_groups} FFN groups",
+            replace(request, space=replace(space, asymmetric=False)),
         )
     if a.place_layers != IN_TURN:
         counts = Counter(e.placement.attention[:-1])
         held = ", ".join(str(counts[group]) for group in range(a.attention_groups))
-        yield f"attention layers placed {held}, the output layer on group {e.placement.attention[-1]}", replace(
-            request, space=replace(space, place_layers=(IN_TURN,))
+        yield (
+            f"attention layers placed {held}, the output layer on group {e.placement.attention[-1]}",
+            replace(request, space=replace(space, place_layers=(IN_TURN,))),
         )
     copies = a.attention_ranks * a.replicas * a.context_parallel
     if space.distributed_optimizer and copies > 1:

@@ -125,7 +125,7 @@ def plan(request: Request, *, progress: Progress | None = None) -> Outcome:
     solved = time.perf_counter()
     ranked: list[Ranked] = []
     for level in _from(levels, chosen):
-        ranked = rerank(*level.found, progress=_part(progress, "ranking by simulation"))
+        ranked = rerank(*level.found, progress=part(progress, "ranking by simulation"))
         if ranked:  # else schedules need more memory than the closed form says: the next level
             chosen = level
             break
@@ -170,7 +170,7 @@ def _least_seconds(request: Request, state: StateBytes) -> float:
 
 def _search_level(request: Request, state: StateBytes, progress: Progress | None) -> LevelSearch:
     label = f"searching at {state.total} bytes a parameter"
-    report = _part(progress, label)
+    report = part(progress, label)
     found: list[Found] = []
     for problem in request.problems(state):
         free = search(problem, keep=request.keep, progress=report)
@@ -183,7 +183,8 @@ def _search_level(request: Request, state: StateBytes, progress: Progress | None
     return LevelSearch(state, tuple(found))
 
 
-def _part(progress: Progress | None, label: str) -> Callable[[float, int], None] | None:
+def part(progress: Progress | None, label: str) -> Callable[[float, int], None] | None:
+    """``progress`` for one part of the work, as searches (share, scored) and rankings (done, of how many) tell it."""
     if progress is None:
         return None
     known = progress

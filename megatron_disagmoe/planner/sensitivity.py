@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.cluster_spec import Cluster
-from megatron_disagmoe.planner.planning import LevelSearch, Request, best_analytic
+from megatron_disagmoe.planner.planning import LevelSearch, Progress, Request, best_analytic
 from megatron_disagmoe.planner.problem import divisors
 from megatron_disagmoe.planner.space import Space
 from megatron_disagmoe.planner.states import state_levels
@@ -107,12 +107,13 @@ def _constraints(space: Space) -> Iterator[tuple[str, Space]]:
         yield "every other choice free", free
 
 
-def sensitivity(request: Request, *, progress: Callable[[str], None] | None = None) -> list[Variation]:
+def sensitivity(request: Request, *, progress: Progress | None = None) -> list[Variation]:
     """The best step time under each change."""
-    rows = []
-    for change, changed in variations(request):
+    rows: list[Variation] = []
+    every = list(variations(request))
+    for change, changed in every:
         if progress:
-            progress(change)
+            progress(f"sensitivity, {change}", len(rows) / len(every), len(rows))
         rows.append(Variation(change, _seconds(changed)))
     return rows
 
@@ -184,8 +185,9 @@ def _remedies(request: Request) -> Iterator[Variation]:
         yield Variation(f"GPUs with {gpu.memory_gb * factor:.0f} GB instead of {gpu.memory_gb:g}", _seconds(more))
     nodes = request.cluster.num_nodes
     factor = _least_factor(
-        lambda f: _seconds(replace(request, cluster=_nodes(request.cluster, lambda count: math.ceil(count * f))))
-        is not None
+        lambda f: (
+            _seconds(replace(request, cluster=_nodes(request.cluster, lambda count: math.ceil(count * f)))) is not None
+        )
     )
     if factor:
         more_nodes = _nodes(request.cluster, lambda count: math.ceil(count * factor))

@@ -88,6 +88,8 @@ def test_a_small_run(tmp_path: Path) -> None:
     rows = json.loads(result.stdout.splitlines()[-1])
     assert [row["link_gbit_per_s"] for row in rows] == [None] * 4 + [1.0] * 4
     assert all(row["losses_equal"] for row in rows)
+    assert [row["link_share"] for row in rows[:4]] == [1.0] * 4
+    assert 0.3 < rows[4]["link_share"] < 1.05
     sent = {(row["system"], row["dispatch"]): sum(row["bytes_sent_by_host"]) for row in rows[4:]}
     assert sent["one-copy", "per-rank"] < sent["vanilla", "alltoall"]
     assert 0 < sent["af-pipe", "per-rank"] < 1.1 * sent["one-copy", "per-rank"]

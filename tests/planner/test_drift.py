@@ -51,7 +51,17 @@ def test_nothing_pays_where_nothing_changed(short: PlanFile) -> None:
 
 
 def test_longer_sequences_want_another_plan_and_it_pays_in_the_long_run(short: PlanFile) -> None:
-    found = drift(short, MODEL, CLUSTER, parse_mix("65536"), space=SPACE)
+    told: list[tuple[str, float]] = []
+    found = drift(
+        short,
+        MODEL,
+        CLUSTER,
+        parse_mix("65536"),
+        space=SPACE,
+        progress=lambda what, share, _: told.append((what, share)),
+    )
+    assert {what for what, _ in told} == {"searching at 65536 tokens", "comparing over the mix"}
+    assert told[-1] == ("comparing over the mix", 1.0)
     assert found.best.mean < found.current.mean
     if math.isinf(found.current.mean):
         assert found.break_even_steps == 0

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,7 @@ TAMPERED: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("path", "value", "field"), TAMPERED)
-def test_verification_names_what_was_tampered_with(
-    mixtral_plan: PlanFile, path: str, value: Any, field: str
-) -> None:
+def test_verification_names_what_was_tampered_with(mixtral_plan: PlanFile, path: str, value: Any, field: str) -> None:
     tampered = PlanFile.model_validate(_changed(mixtral_plan.model_dump(mode="json"), path, value))
     errors = verify_plan(tampered, load_model("mixtral-8x7b"), load_cluster("h800-16x8"))
     assert any(field in error for error in errors), errors
@@ -305,6 +304,39 @@ def test_the_command_explains_itself_to_people() -> None:
     assert code == 0
     for words in ("what binds", "memory", "next best", "sensitivity", "candidates scored"):
         assert words in stdout
+
+
+def test_long_searches_tell_how_far_they_are() -> None:
+    """Search, ranking to its very end, plans without a lever and the sensitivity; shares only grow within each."""
+    told: list[tuple[str, float, int]] = []
+
+    def tell(what: str, share: float, count: int) -> None:
+        told.append((what, share, count))
+
+    few = Space(attention_ranks=(1,), ffn_ranks=(1,), replicas=(1,), dispatch=("per-rank",))
+    again = replace(few, ffn_levers=((Recompute.FULL, True),))
+    request = Request(load_model("quickstart"), load_cluster("laptop"), Job(128, 16), again, keep=2)
+    outcome = plan(request, progress=tell)
+    assert outcome.ranked
+    number_of_plan = len(told)
+    looser = replace(outcome, request=replace(request, space=few))
+    explained(looser, progress=tell)
+    number_explained = len(told)
+    rows = sensitivity(request, progress=tell)
+    by_part: dict[str, list[float]] = {}
+    for what, share, _ in told[:number_of_plan]:
+        by_part.setdefault(what, []).append(share)
+    assert [what for what in by_part if what.startswith("searching at ")]
+    for what, shares in by_part.items():
+        assert all(0 < share <= 1 for share in shares), what
+    ranking = by_part["ranking by simulation"]
+    assert ranking == sorted(ranking)
+    assert ranking[-1] == 1.0
+    assert len(ranking) > 2 * len(outcome.ranked) > 0, "each shape is looked at twice, and the best once more"
+    said = {what for what, _, _ in told[number_of_plan:number_explained]}
+    assert said
+    assert all(what.startswith("without dispatching again for backward: ") for what in said)
+    assert [share for _, share, _ in told[number_explained:]] == [n / len(rows) for n in range(len(rows))]
 
 
 def test_no_plan_is_exit_code_1() -> None:

@@ -31,9 +31,9 @@ class Predictor:
     Stage times are those of the very step: of every action what its slowest rank took, with what the executor did
     between its messages and it. What the executor does between an action and the next one's first wait holds up the
     rank, not the messages. A transfer holds its ports for what its bytes take on the link (headers and TCP's share of
-    the interface's count included) and arrives later by what a message takes where the link has no limit: copies,
-    handshakes and wake-ups, which the link spares nobody. What a step does outside its stages (optimizer, gradient
-    norm) is added as measured.
+    the interface's count included, at the rate that plain sockets reach there: ``raw_link``) and arrives later by what
+    a message takes where the link has no limit: copies, handshakes and wake-ups, which the link spares nobody. What a
+    step does outside its stages (optimizer, gradient norm) is added as measured.
     """
 
     def __init__(self, traces: Path, variant: Variant, model: Model, hosts: int) -> None:
@@ -48,20 +48,25 @@ class Predictor:
         self._ranks_a_side = hosts // 2
 
     def step_ms(
-        self, link: float | None, numbers: Sequence[int], taken: Sequence[StepTaken], *, unlimited: Sequence[int] = ()
+        self,
+        link: float | None,
+        numbers: Sequence[int],
+        taken: Sequence[StepTaken],
+        *,
+        unlimited: Sequence[int] = (),
+        share: float = 1.0,
     ) -> float:
         """Simulated time of a step at ``link`` Gbit/s.
 
-        ``numbers`` says which steps of the run were taken there, ``unlimited`` which without a limit. It is the median
-        of those steps, each simulated with its own stage times.
+        ``numbers`` says which steps of the run were taken there, ``unlimited`` which without a limit; ``share`` of the
+        limit is what the link carries. It is the median of those steps, each simulated with its own stage times.
         """
         steps = [self._steps[number] for number in numbers]
         costs = self.costs(numbers)
         latency = 0.0, 0.0
         if link is not None:
-            seconds = {
-                edge: self._bytes(edge, steps) * self._overhead(steps, taken) * 8e-9 / link for edge in ("M2N", "N2M")
-            }
+            a_byte = self._overhead(steps, taken) * 8e-9 / (link * share)
+            seconds = {edge: self._bytes(edge, steps) * a_byte for edge in ("M2N", "N2M")}
             if unlimited:
                 least = self.costs(unlimited)
                 latency = least.transfer, least.edge(1)
