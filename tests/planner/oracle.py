@@ -168,7 +168,11 @@ class Oracle:
         f_off = f_moved * nodes.f_per_node
         gbit = sum(self.pool.nics_gbit_per_s)
         rate = gbit / 8 * 1e9 * self.network.efficiency if gbit else math.inf
-        network = max(a_off, f_off) / rate if layout is NodeLayout.SEPARATE else (a_off + f_off) / rate
+        a_spine, f_spine = self.machines.spine_loads(a, layout)
+        if layout is NodeLayout.SEPARATE:
+            network = max(a_off * max(1.0, a_spine), f_off * max(1.0, f_spine)) / rate
+        else:
+            network = max(a_off + f_off, a_off * a_spine + f_off * f_spine) / rate
         nvlink = max(a_moved, f_moved) / (self.pool.nvlink_gb_per_s * 1e9 * self.pool.nvlink_efficiency)
         shards = (a_copies, f_copies) if self.p.space.distributed_optimizer else (1, 1)
         memory_rate = self.gpu.memory_bandwidth_gb_per_s * 1e9 * self.gpu.efficiency.memory

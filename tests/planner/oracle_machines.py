@@ -108,6 +108,34 @@ class Machines:
                 found.add((sum(chosen), sum(speeds) - sum(chosen)))
         return sorted(found)
 
+    def spine_loads(self, a: Allocation, layout: NodeLayout) -> tuple[float, float]:
+        """For each side the rings of a reduction that leave the busiest leaf, times the ratio, over a leaf's nodes."""
+        w, leaf, ratio = self.pool.gpus_per_node, self.network.nodes_per_leaf, self.network.oversubscription
+        if not leaf or ratio == 1:
+            return 0.0, 0.0
+        a_group, a_gpus = a.attention_ranks * a.tensor_parallel * a.context_parallel, a.attention_gpus // a.replicas
+        f_gpus = a.ffn_gpus // a.replicas
+        if layout is not NodeLayout.SEPARATE:
+            a_gpus = f_gpus = a_gpus + f_gpus
+        blocks = math.gcd(a.attention_groups, a.ffn_groups) if layout is NodeLayout.PAIRED else 1
+        a_alike = math.ceil(a_group / w) if layout is NodeLayout.SEPARATE else math.ceil(a_gpus // blocks / w)
+        loads = []
+        for gpus, alike in ((a_gpus, a_alike), (f_gpus, 1)):
+            nodes_of_ring: dict[int, list[int]] = {}  # what a node holds -> nodes
+            if gpus < w:
+                nodes_of_ring[0] = list(range(math.ceil(a.replicas / (w // gpus))))
+            else:
+                span = math.ceil(gpus / w)
+                for node in range(a.replicas * span):
+                    nodes_of_ring.setdefault(node % span // alike, []).append(node)
+            leaving = [0] * (1 + max(max(nodes) for nodes in nodes_of_ring.values()))
+            for nodes in nodes_of_ring.values():
+                leaves = {node // leaf for node in nodes}
+                for each in leaves if len(leaves) > 1 else ():
+                    leaving[each] += 1
+            loads.append(ratio * max(leaving) / leaf)
+        return loads[0], loads[1]
+
     def transfers(
         self, a: Allocation, nodes: Nodes, rates: tuple[float, float], mode: str
     ) -> Transfers:

@@ -17,6 +17,7 @@ from megatron_disagmoe.planner.hosts import Seat, seats
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.model_spec import MixtureOfExperts
 from megatron_disagmoe.planner.problem import Problem
+from megatron_disagmoe.planner.rings import spine_load
 from megatron_disagmoe.planner.routing import expected_parts
 from megatron_disagmoe.planner.traffic import nic_splits
 from megatron_disagmoe.schedules.actions import Side
@@ -113,6 +114,50 @@ def test_what_a_spread_group_sends_to_other_leaves(leaf: int, factor: float) -> 
     slowed = evaluate(problem(cluster=cluster.model_copy(update={"network": network})), a)
     assert plain.geometry.m2n_span[0] == 4
     assert slowed.links.m2n[0] - 20e-6 == pytest.approx(factor * (plain.links.m2n[0] - 20e-6))
+
+
+@pytest.mark.parametrize(
+    ("span", "alike", "replicas", "leaf", "load"),
+    [
+        # 0 1 2 3 | 0 1 2 3 | ...: each of a leaf's four nodes is in a ring of its own with another leaf
+        (4, 1, 4, 4, 4.0),
+        (4, 4, 4, 4, 1.0),  # a leaf is one ring's: one of four nodes sends, through a quarter of the bandwidth
+        (4, 2, 2, 4, 2.0),
+        (2, 1, 4, 4, 2.0),  # 0 1 0 1 | 0 1 0 1
+        (3, 1, 4, 4, 3.0),  # 0 1 2 0 | 1 2 0 1 | 2 0 1 2
+        (3, 1, 2, 4, 2.0),  # 0 1 2 0 | 1 2: ring 0 is inside
+        (2, 1, 2, 4, 0.0),  # everything on one leaf
+        (8, 8, 1, 4, 1.0),  # one replica, whose copies of attention lie on two leaves
+        (8, 1, 1, 4, 0.0),  # one replica with no copies
+    ],
+)
+def test_rings_of_a_reduction_that_leave_their_leaf(
+    span: int, alike: int, replicas: int, leaf: int, load: float
+) -> None:
+    """By hand, the ratio 4; what each node of a leaf holds is written beside."""
+    network = load_cluster("h800-16x8").network
+    network = network.model_copy(update={"oversubscription": 4.0, "nodes_per_leaf": leaf})
+    sizes = {"span": np.array([span]), "alike": np.array([alike]), "replicas": np.array([replicas])}
+    assert spine_load(network, **sizes).tolist() == [load]
+    for free in ({"oversubscription": 1.0}, {"nodes_per_leaf": 0}):
+        assert spine_load(network.model_copy(update=free), **sizes).tolist() == [0.0]
+
+
+def test_a_reduction_takes_longer_where_it_climbs_to_the_spine() -> None:
+    """Mixtral: four replicas, the experts of each on three nodes, which are a leaf; all of it climbs."""
+    cluster = load_cluster("h800-16x8")
+    sizes = {"attention_groups": 2, "ffn_groups": 3, "attention_ranks": 4, "ffn_ranks": 8, "replicas": 4}
+    a = allocation(**sizes, nodes=NodeLayout.SEPARATE)
+
+    def seconds(ratio: float) -> float:
+        network = cluster.network.model_copy(update={"oversubscription": ratio, "nodes_per_leaf": 3})
+        return evaluate(problem(cluster=cluster.model_copy(update={"network": network})), a).synchronise_seconds
+
+    # 32 layers round three groups: 11 on the fullest, one expert of each a GPU; 2 + 4 bytes, 3 of 4 copies.
+    experts = 8 * 11 * load_model("mixtral-8x7b").num_expert_parameters * (2 + 4) * 3 / 4
+    rate = 8 * 400e9 / 8 * 0.86
+    assert (seconds(4.0) - seconds(2.0)) * rate == pytest.approx(2 * experts)
+    assert seconds(1.0) < seconds(2.0)
 
 
 def test_the_busiest_ffn_rank_decides() -> None:

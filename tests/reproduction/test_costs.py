@@ -16,10 +16,10 @@ from megatron_disagmoe.reproduction.published import FIG5, FIG6A
 from megatron_disagmoe.reproduction.systems.choose import Task, best, cuts, fitting, run, ways
 from megatron_disagmoe.reproduction.systems.dualpipe import DualPipePerNode
 from megatron_disagmoe.reproduction.systems.layer import Job, Keep, all_to_all_seconds, costs_of
-from megatron_disagmoe.reproduction.systems.memory import held, state_bytes
+from megatron_disagmoe.reproduction.systems.memory import Held, held, state_bytes, synchronise_seconds
 from megatron_disagmoe.reproduction.systems.pipeline import Shape, chunk_sizes
 from megatron_disagmoe.reproduction.systems.serial import Megatron
-from tests.reproduction.samples import job
+from tests.reproduction.samples import costs, job
 
 
 def test_all_to_all_over_two_nodes_by_hand() -> None:
@@ -122,3 +122,23 @@ def test_every_constant_has_a_range_around_it_and_a_reason() -> None:
     assert isinstance(changed.tutel_most_chunks, int)
     with pytest.raises(ValueError, match="no constant 'speed'"):
         Constants().with_("speed", 1)
+
+
+def test_a_baselines_reduction_climbs_to_the_spine_as_ours_does() -> None:
+    """By hand: EP 16 is two nodes, so of experts with four copies a leaf of two nodes has two rings that leave it."""
+
+    def seconds(ratio: float, held: Held) -> float:
+        cluster = job().cluster
+        network = cluster.network.model_copy(update={"oversubscription": ratio, "nodes_per_leaf": 2})
+        on_spine = dataclasses.replace(job(), cluster=cluster.model_copy(update={"network": network}))
+        known = dataclasses.replace(costs(1), job=on_spine)
+        return synchronise_seconds(known, [held], state=state_level("bf16", 18), replicas=4, copies=1)
+
+    rate = 8 * 400e9 / 8 * 0.86
+    experts, dense = Held(dense=0.0, experts=1e9), Held(dense=1e9, experts=0.0)
+    once = 1e9 * 6 * 3 / 4 * 8 / rate  # eight GPUs of a node each with experts of its own
+    assert seconds(4.0, experts) - seconds(1.0, experts) == pytest.approx(3 * once)
+    # Dense parameters are the same on both nodes of a leaf: one ring leaves it, over two nodes' rate by the ratio.
+    once = 1e9 * 6 * 63 / 64 / rate
+    assert seconds(16.0, dense) - seconds(8.0, dense) == pytest.approx((8 - 4) * once)
+    assert seconds(2.0, dense) == seconds(1.0, dense), "NVLink takes longer"

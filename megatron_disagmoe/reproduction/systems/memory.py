@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from megatron_disagmoe.planner.rings import spine_load
 from megatron_disagmoe.planner.states import StateBytes, attention_parameters
 from megatron_disagmoe.planner.timing import Timer
 from megatron_disagmoe.planner.traffic import node_nic_rate, nvlink_rate
@@ -90,6 +93,7 @@ def synchronise_seconds(
     """Reducing gradients, the optimizer's step, gathering weights, after the pipeline as for AF-pipe.
 
     Dense parameters have a copy on each of a node's GPUs, which reduce over NVLink first, so a node sends each once.
+    Copies of a stage are neighbours (Megatron counts pipeline ranks last), so that is how they climb to a spine.
     """
     job = costs.job
     pool = job.cluster.pools[0]
@@ -97,12 +101,17 @@ def synchronise_seconds(
     dense_copies = expert_copies * job.expert_parallel // job.tensor_parallel
     per_parameter = state.gradient + state.weight
     nic = node_nic_rate(pool, job.cluster.network)
+    span = np.array([-(-job.expert_parallel // pool.gpus_per_node)])
+    network, repeated = job.cluster.network, np.array([expert_copies])
+    dense_load = float(spine_load(network, span=span, alike=span, replicas=repeated)[0])
+    expert_load = float(spine_load(network, span=span, alike=np.ones_like(span), replicas=repeated)[0])
     longest = 0.0
     for each in parameters:
         dense = each.dense * per_parameter * (dense_copies - 1) / dense_copies
         experts = each.experts * per_parameter * (expert_copies - 1) / expert_copies
         single = dense_copies * job.tensor_parallel <= pool.gpus_per_node
-        off = (0.0 if single else dense * job.tensor_parallel) + experts * pool.gpus_per_node
+        dense_off, experts_off = 0.0 if single else dense * job.tensor_parallel, experts * pool.gpus_per_node
+        off = max(dense_off + experts_off, dense_off * dense_load + experts_off * expert_load)
         step = float(Timer(pool.gpu).memory(each.dense / dense_copies + each.experts / expert_copies))
         longest = max(longest, max(off / nic, (dense + experts) / nvlink_rate(pool)) + 2 * state.total * step)
     return longest + job.cluster.step_overhead_s
