@@ -64,6 +64,23 @@ def test_nics_of_a_ratio_stay_16_to_16(task: Task) -> None:
     assert float(fewer.ffn.forward) > 1.5 * float(even.ffn.forward)
 
 
+def test_a_reduction_climbs_to_the_spine(task: Task) -> None:
+    """Two blocks of two nodes, four replicas, a leaf each: of experts four rings leave it, of attention two."""
+
+    def seconds(ratio: float) -> float:
+        network = task.cluster.network.model_copy(update={"oversubscription": ratio, "nodes_per_leaf": 4})
+        there = replace(task, cluster=task.cluster.model_copy(update={"network": network}))
+        return Evaluated(there, Shape(2, 8, 8, 4)).synchronise_seconds
+
+    found = Evaluated(task, Shape(2, 8, 8, 4))
+    rate = 8 * 50e9 * 0.86
+    experts = 14 * 64 / 8 * 3 * 2048 * 1408 * (2 + 4) * 3 / 4 * 4  # 27 layers over two groups; four FFN GPUs a node
+    attention = found.held * (2 + 4) * 31 / 32
+    # At 8:1 experts take 8 x 4/4 and attention 8 x 2/4 of what NICs alone take.
+    assert (seconds(16.0) - seconds(8.0)) * rate == pytest.approx(8 * experts + 4 * attention)
+    assert seconds(1.0) < seconds(8.0)
+
+
 def test_uneven_experts_count_the_fullest_rank(task: Task) -> None:
     # 64 experts on 10 ranks: 7 on the fullest, 6.4 in the mean
     assert Evaluated(task, Shape(2, 16, 10, 2)).uneven == pytest.approx(7 / 6.4)

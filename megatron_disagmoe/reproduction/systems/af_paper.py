@@ -28,6 +28,7 @@ from megatron_disagmoe.planner.layout import Geometry
 from megatron_disagmoe.planner.memory import LANES, MESSAGES
 from megatron_disagmoe.planner.model_spec import MixtureOfExperts
 from megatron_disagmoe.planner.operations import packing_numbers
+from megatron_disagmoe.planner.rings import spine_load
 from megatron_disagmoe.planner.routing import expected_parts
 from megatron_disagmoe.planner.space import FFN_LEVERS, FfnLever
 from megatron_disagmoe.planner.states import attention_parameters, state_level
@@ -353,9 +354,21 @@ class Evaluated:
         a_moved = held * per * (a_copies - 1) / a_copies
         f_moved = experts * per * (s.replicas - 1) / s.replicas
         f_share = s.ffn_ranks / (s.ffn_ranks + s.attention_gpus) * per_node
-        off = (a_moved if a_copies > per_node else 0.0) * s.tensor_parallel + f_moved * f_share
+        a_off, f_off = (a_moved if a_copies > per_node else 0.0) * s.tensor_parallel, f_moved * f_share
+        a_load, f_load = self._spine_loads
+        off = max(a_off + f_off, a_off * a_load + f_off * f_load)
         step = Timer(self.pool.gpu).memory(max(held / a_copies, experts / s.replicas))
         return off / node + 2 * state.total * float(step) + self.task.cluster.step_overhead_s
+
+    @property
+    def _spine_loads(self) -> tuple[float, float]:
+        """``rings.spine_load`` of attention, whose copies are on every node of a block, and of experts."""
+        s, network = self.shape, self.task.cluster.network
+        block = s.attention_gpus + s.ffn_ranks
+        span, alike = (np.array([-(-gpus // self.pool.gpus_per_node)]) for gpus in (s.groups * block, block))
+        replicas = np.array([s.replicas])
+        loads = [spine_load(network, span=span, alike=each, replicas=replicas) for each in (alike, np.ones_like(span))]
+        return float(loads[0][0]), float(loads[1][0])
 
 
 def _parts(moe: MixtureOfExperts, parts: int) -> float:
