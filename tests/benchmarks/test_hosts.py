@@ -14,7 +14,7 @@ import pytest
 
 from megatron_disagmoe.benchmarks import hosts as module
 from megatron_disagmoe.benchmarks.hosts import Hosts, HostsUnavailable, why_unavailable
-from megatron_disagmoe.benchmarks.shaped.raw_link import achieved_share
+from megatron_disagmoe.benchmarks.shaped.raw_link import link_speed
 
 needs_hosts = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
@@ -95,15 +95,16 @@ def test_what_plain_sockets_reach_of_a_limit() -> None:
     """Headers included it can be no more than all (and what ``tbf`` had saved up), and is most of it."""
     with Hosts(3, gbit_per_s=0.2) as hosts:
         sent = [host.counters().sent for host in hosts]
-        share = achieved_share(hosts, seconds=0.2)
+        speed = link_speed(hosts, seconds=0.2)
         more = [host.counters().sent - before for host, before in zip(hosts, sent, strict=True)]
-        assert 0.5 < share < 1.05
+        assert 0.5 < speed.share < 1.05
+        assert 0 < speed.round_trip < 1
         # Both ends sent for three windows of 0.2 s at least, the host between them nothing to speak of.
         assert min(more[0], more[2]) > 0.5 * 0.2e9 / 8 * 0.6 > 1e6 > more[1]
-        assert achieved_share(hosts, seconds=0.1) > 0.5, "the port is free again"
+        assert link_speed(hosts, seconds=0.1).share > 0.5, "the port is free again"
         hosts.limit(None)
         with pytest.raises(ValueError, match="a share needs a limit and two hosts, got None"):
-            achieved_share(hosts)
+            link_speed(hosts)
 
 
 @needs_hosts

@@ -12,7 +12,7 @@ from megatron_disagmoe.benchmarks.hosts import Hosts, HostsUnavailable, why_unav
 from megatron_disagmoe.benchmarks.shaped.cases import ONE_COPY, RIVALS, VANILLA, Model, Variant
 from megatron_disagmoe.benchmarks.shaped.fleet import Fleet, StepTaken
 from megatron_disagmoe.benchmarks.shaped.predict import Predictor
-from megatron_disagmoe.benchmarks.shaped.raw_link import achieved_share
+from megatron_disagmoe.benchmarks.shaped.raw_link import LinkSpeed, link_speed
 
 #: The first steps of a run make connections and buffers.
 WARM_UP_STEPS = 2
@@ -83,7 +83,7 @@ def measure(
         raise HostsUnavailable(reason)
     everyone = [*RIVALS, *variants]
     taken: dict[tuple[Link, Variant], Measured] = {}
-    shares: dict[Link, float] = {}
+    speeds: dict[Link, LinkSpeed] = {}
     counts = dict.fromkeys(everyone, 0)
     with Hosts(hosts) as network, Fleet(network, model, everyone, folder, timeout_seconds=timeout_seconds) as fleet:
         for _ in range(WARM_UP_STEPS):
@@ -93,7 +93,7 @@ def measure(
                 counts[variant] += 1
         for link in links:
             network.limit(link)
-            shares[link] = 1.0 if link is None else achieved_share(network)
+            speeds[link] = LinkSpeed(1.0, 0.0) if link is None else link_speed(network)
             found: dict[Variant, Measured] = {variant: Measured([], []) for variant in everyone}
             for turn in range(repeats):
                 for variant in everyone:
@@ -105,7 +105,7 @@ def measure(
     predictors = {
         variant: Predictor(fleet.traces(variant), variant, model, hosts) for variant in variants if variant.is_af_pipe
     }
-    return _rows(model, hosts, shares, everyone, taken, predictors)
+    return _rows(model, hosts, speeds, everyone, taken, predictors)
 
 
 def link_name(link: Link) -> str:
@@ -116,13 +116,13 @@ def link_name(link: Link) -> str:
 def _rows(
     model: Model,
     hosts: int,
-    shares: dict[Link, float],
+    speeds: dict[Link, LinkSpeed],
     everyone: Sequence[Variant],
     taken: dict[tuple[Link, Variant], Measured],
     predictors: dict[Variant, Predictor],
 ) -> list[dict[str, Any]]:
     rows = []
-    for link, share in shares.items():
+    for link, speed in speeds.items():
         vanilla, rival = taken[link, VANILLA], taken[link, ONE_COPY]
         unlimited = taken.get((None, VANILLA))
         exposed = None if unlimited is None else 1 - unlimited.median_ms / vanilla.median_ms
@@ -132,7 +132,8 @@ def _rows(
                 "model": model.name,
                 "hosts": hosts,
                 "link_gbit_per_s": link,
-                "link_share": share,
+                "link_share": speed.share,
+                "link_round_trip_ms": 1e3 * speed.round_trip,
                 "system": variant.system,
                 "transport": variant.transport,
                 "dispatch": variant.dispatch,
@@ -155,7 +156,7 @@ def _rows(
                 row["speedup_over_one_copy"] = rival.median_ms / mine.median_ms
                 row["paired_speedup"] = median(a / b for a, b in zip(vanilla.seconds, mine.seconds, strict=True))
                 free = taken[None, variant].numbers if (None, variant) in taken else ()
-                simulated = predictors[variant].step_ms(link, mine.numbers, mine.steps, unlimited=free, share=share)
+                simulated = predictors[variant].step_ms(link, mine.numbers, mine.steps, unlimited=free, speed=speed)
                 row["simulated_ms"] = simulated
                 row["simulated_over_measured"] = simulated / mine.median_ms
             rows.append(row)

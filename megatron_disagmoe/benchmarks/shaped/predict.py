@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_disagmoe.benchmarks.shaped.cases import Model, Variant
 from megatron_disagmoe.benchmarks.shaped.fleet import StepTaken
+from megatron_disagmoe.benchmarks.shaped.raw_link import LinkSpeed
 from megatron_disagmoe.schedule_choice import ScheduleChoice, step_schedule
 from megatron_disagmoe.schedules.actions import Placement, Side
 from megatron_disagmoe.schedules.orders import KINDS, Orders
@@ -46,6 +47,9 @@ class Predictor:
         schedule = step_schedule(ScheduleChoice(variant.schedule), placement, num_micro_batches, forward_only=False)
         self._orders = Orders.of(schedule.schedule)
         self._ranks_a_side = hosts // 2
+        # A nixl receiver knows of a message once UCX's acknowledgement has gone back and a note has come, both behind
+        # whatever else crosses then; in turn nothing else does.
+        self._waits_for_notes = variant.transport == "nixl" and variant.schedule != "sequential"
 
     def step_ms(
         self,
@@ -53,23 +57,24 @@ class Predictor:
         numbers: Sequence[int],
         taken: Sequence[StepTaken],
         *,
+        speed: LinkSpeed,
         unlimited: Sequence[int] = (),
-        share: float = 1.0,
     ) -> float:
         """Simulated time of a step at ``link`` Gbit/s.
 
-        ``numbers`` says which steps of the run were taken there, ``unlimited`` which without a limit; ``share`` of the
-        limit is what the link carries. It is the median of those steps, each simulated with its own stage times.
+        ``numbers`` says which steps of the run were taken there, ``unlimited`` which without a limit. ``speed``: what
+        the link reaches. It is the median of those steps, each simulated with its own stage times.
         """
         steps = [self._steps[number] for number in numbers]
         costs = self.costs(numbers)
         latency = 0.0, 0.0
         if link is not None:
-            a_byte = self._overhead(steps, taken) * 8e-9 / (link * share)
+            a_byte = self._overhead(steps, taken) * 8e-9 / (link * speed.share)
             seconds = {edge: self._bytes(edge, steps) * a_byte for edge in ("M2N", "N2M")}
             if unlimited:
                 least = self.costs(unlimited)
-                latency = least.transfer, least.edge(1)
+                notes = speed.round_trip if self._waits_for_notes else 0.0
+                latency = least.transfer + notes, least.edge(1) + notes
             costs = dataclasses.replace(costs, transfer=seconds["M2N"], combine=seconds["N2M"])
         simulated = []
         for step, window in zip(taken, steps, strict=True):
