@@ -36,6 +36,7 @@ from megatron_disagmoe.planner.planning import Outcome, Request, default_batch
 from megatron_disagmoe.planner.planning import plan as make_plan
 from megatron_disagmoe.planner.sensitivity import Diagnosis, Variation, diagnose
 from megatron_disagmoe.planner.sensitivity import sensitivity as vary
+from megatron_disagmoe.planner.space import Space
 from megatron_disagmoe.planner.verify import verify_plan
 
 #: Above this many GPUs a sensitivity table takes minutes; it is made when asked for.
@@ -273,6 +274,7 @@ def drift(
     cluster: ClusterOption = None,
     remaining_steps: Annotated[int, typer.Option(min=1, help="Steps still to train.")] = 10_000,
     restart_seconds: Annotated[float, typer.Option(min=0, help="Ending, starting, first steps.")] = 120.0,
+    executable: Annotated[bool, typer.Option("--executable", help="Only what this version can run.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the new plan here.", show_default=False)] = None,
     as_json: bool = JsonOption,
 ) -> None:
@@ -281,8 +283,11 @@ def drift(
         planned = load_plan(file)
         shares = parse_mix(mix)
         spec, machines = load_model(model or planned.model), load_cluster(cluster or planned.cluster)
+        space = executable_space(Space()) if executable else Space()
         with _progress() as report:
-            found = compare(planned, spec, machines, shares, restart_seconds=restart_seconds, progress=report)
+            found = compare(
+                planned, spec, machines, shares, space=space, restart_seconds=restart_seconds, progress=report
+            )
             if out is not None:
                 save_plan(new_plan(found, planned, spec, machines, progress=report), out)
     emit(

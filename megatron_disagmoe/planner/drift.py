@@ -66,13 +66,17 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Drift:
-    """``reshard_seconds``: writing, reading and restarting. ``current`` has infinite times where it does not fit."""
+    """``reshard_seconds``: writing, reading and restarting. ``current`` has infinite times where it does not fit.
+
+    ``space``: what ``best`` was chosen from.
+    """
 
     current: Mixed
     best: Mixed
     mix: tuple[Share, ...]
     checkpoint_gb: float
     reshard_seconds: float
+    space: Space
 
     @property
     def saved_per_step(self) -> float:
@@ -128,6 +132,7 @@ def drift(
         mix=tuple(mix),
         checkpoint_gb=saved / 1e9,
         reshard_seconds=2 * saved / (cluster.storage_gb_per_s * 1e9) + restart_seconds,
+        space=free,
     )
 
 
@@ -178,7 +183,7 @@ def new_plan(
         ValueError: no schedule of it fits.
     """
     most = max(found.mix, key=lambda each: each.share)
-    space = fixed_sizes(Space(bytes_per_parameter=(plan.levers.bytes_per_parameter,)), found.best.allocation)
+    space = fixed_sizes(found.space, found.best.allocation)
     ranked = make_plan(Request(model, cluster, _job(plan, most.length), space), progress=progress).ranked
     if not ranked:
         raise ValueError(f"--mix: no schedule of the new allocation fits {most.length} tokens")

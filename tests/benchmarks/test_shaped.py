@@ -69,12 +69,27 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from megatron_disagmoe.benchmarks.shaped.cases import MODELS, af_variants
+from megatron_disagmoe.benchmarks.shaped.fleet import StepTaken
 from megatron_disagmoe.benchmarks.shaped.measure import measure
+from megatron_disagmoe.benchmarks.shaped.predict import Predictor
+from megatron_disagmoe.benchmarks.shaped.raw_link import LinkSpeed
 sizes = dict(layers=2, hidden=64, heads=4, expert_hidden=32, seq_length=32, micro_batches=4)
 small = replace(MODELS["balanced"], **sizes)
 variants = af_variants(("torch",), ("per-rank",), ("interleaved-1f1b",))
 rows = measure(small, variants, hosts=2, links=[None, 1.0], repeats=2, folder=Path(sys.argv[1]))
-print(json.dumps(rows))
+
+
+def simulated(transport, schedule, share, round_trip):
+    # The last two steps of the run, as if on a link of 0.05 Gbit/s.
+    variant = replace(variants[0], transport=transport, schedule=schedule)
+    predictor = Predictor(Path(sys.argv[1]) / "traces" / variants[0].name, variant, small, 2)
+    taken = [StepTaken(1.0, 0.0, 0.0, (10**6, 10**6))] * 2
+    return predictor.step_ms(0.05, [4, 5], taken, speed=LinkSpeed(share, round_trip), unlimited=[2, 3])
+
+
+kinds = ("torch", "nixl")
+found = [[simulated(kind, "interleaved-1f1b", *speed) for speed in ((1, 0), (0.5, 0), (1, 0.1))] for kind in kinds]
+print(json.dumps({"rows": rows, "simulated": found}))
 """
 
 
@@ -85,7 +100,8 @@ def test_a_small_run(tmp_path: Path) -> None:
         [sys.executable, "-c", _RUN, str(tmp_path)], capture_output=True, text=True, timeout=150, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    rows = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(result.stdout.splitlines()[-1])
+    rows = found["rows"]
     assert [row["link_gbit_per_s"] for row in rows] == [None] * 4 + [1.0] * 4
     assert all(row["losses_equal"] for row in rows)
     assert [row["link_share"] for row in rows[:4]] == [1.0] * 4
@@ -97,6 +113,11 @@ def test_a_small_run(tmp_path: Path) -> None:
         if row["system"] == "af-pipe":
             assert row["speedup"] == pytest.approx(row["vanilla_ms"] / row["af_pipe_ms"])
             assert row["simulated_ms"] > 0
+    (full, half, words), (nixl_full, nixl_half, nixl_words) = found["simulated"]
+    assert (full, half) == (nixl_full, nixl_half)
+    assert half > full + 10, "a link that carries half of its limit holds ports twice as long"
+    assert words == full, "torch waits for no notes"
+    assert nixl_words > full + 100, "every message is known 0.1 s later"
     names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     makers = re.findall(r"disagmoe-(\d+)-", names)
     assert all(Path(f"/proc/{maker}").exists() for maker in makers), names

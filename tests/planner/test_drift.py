@@ -15,7 +15,7 @@ from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.cluster_spec import Calibration
 from megatron_disagmoe.planner.drift import Share, drift, new_plan, parse_mix
 from megatron_disagmoe.planner.model_import import load_model
-from megatron_disagmoe.planner.plan_file import PlanFile, save_plan
+from megatron_disagmoe.planner.plan_file import PlanFile, load_plan, save_plan
 from megatron_disagmoe.planner.plan_making import plan_of
 from megatron_disagmoe.planner.planning import Request, plan
 from megatron_disagmoe.planner.space import Space
@@ -95,11 +95,11 @@ def test_new_measurements_are_drift_too(short: PlanFile) -> None:
 def test_the_command(short: PlanFile, tmp_path: Path) -> None:
     path, out = tmp_path / "plan.yaml", tmp_path / "new.yaml"
     save_plan(short, path)
-    flags = ["plan", "drift", str(path), "--mix", "4096:0.5,8192:0.5", "--out", str(out), "--json"]
-    result = CliRunner().invoke(app, flags)
+    flags = ["plan", "drift", str(path), "--mix", "4096:0.5,8192:0.5", "--executable", "--out", str(out)]
+    result = CliRunner().invoke(app, [*flags, "--json"])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert set(found["current"]["by_length"]) == {"4096", "8192"}
     assert found["new"]["step_time_s"] <= found["current"]["step_time_s"]
-    assert out.is_file()
+    assert load_plan(out).runs_here
     assert CliRunner().invoke(app, ["plan", "drift", str(path), "--mix", "x"]).exit_code == 2
