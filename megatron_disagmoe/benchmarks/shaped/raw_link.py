@@ -10,6 +10,7 @@ import contextlib
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from statistics import median
 
@@ -63,7 +64,7 @@ def link_speed(hosts: Hosts, *, seconds: float = 0.5) -> LinkSpeed:
             each.close()
 
 
-class _Connection:
+class _Connection(ABC):
     """From one host to another, while it is open. A thread that has entered a host opens its sockets there."""
 
     port = _PORT
@@ -97,9 +98,9 @@ class _Connection:
         while connection.recv_into(buffer):
             pass
 
+    @abstractmethod
     def talk(self, connection: socket.socket) -> None:
         """At the source, until ``closing``."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """End it once what it has begun to send is through."""
