@@ -76,16 +76,23 @@ class Inputs:
     """The messages a stage starts from, cut off from where they came."""
 
     def __init__(self, received: Received) -> None:
-        self._ports = {port: [_num_differentiable(message) for message in ms] for port, ms in received.items()}
-        self._cut = Cut([t for ms in received.values() for m in ms for t in m.sections if t.is_floating_point()])
-        inside = iter(self._cut.take())
-        self._inside: Received = {
-            port: [
-                Message(m.header, tuple(next(inside) if t.is_floating_point() else t for t in m.sections))
-                for m in messages
-            ]
-            for port, messages in received.items()
-        }
+        self._ports: dict[Port, list[int]] = {}
+        tensors: list[torch.Tensor] = []
+        for port, messages in received.items():
+            numbers = self._ports[port] = []
+            for message in messages:
+                before = len(tensors)
+                tensors += [section for section in message.sections if section.is_floating_point()]
+                numbers.append(len(tensors) - before)
+        self._cut = Cut(tensors)
+        inside = self._cut.take()
+        at = 0
+        self._inside: Received = {}
+        for port, messages in received.items():
+            cut_off = self._inside[port] = []
+            for message, number in zip(messages, self._ports[port], strict=True):
+                cut_off.append(Message(message.header, _with(message.sections, inside[at : at + number])))
+                at += number
 
     def take(self) -> Received:
         """The same messages as inputs of the graph, once: the graph alone says how long they live."""
@@ -101,8 +108,12 @@ class Inputs:
         }
 
 
-def _num_differentiable(message: Message) -> int:
-    return sum(section.is_floating_point() for section in message.sections)
+def _with(sections: tuple[torch.Tensor, ...], cut_off: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """``sections``, those that can have a gradient replaced."""
+    if len(sections) == len(cut_off):
+        return cut_off
+    inside = iter(cut_off)
+    return tuple(next(inside) if section.is_floating_point() else section for section in sections)
 
 
 class Outputs:

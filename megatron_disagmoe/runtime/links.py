@@ -133,7 +133,7 @@ class Links:
         key = TransferKey(port.edge.value, port.gradient, port.layer, micro_batch)
         post = self.transport.post_recv
         start = time.perf_counter_ns()
-        handles = tuple(post(route.channel, key, peer, route.wire_spec) for peer in route.peers)
+        handles = [post(route.channel, key, peer, route.wire_spec) for peer in route.peers]
         return Incoming(route.peers, handles, route, start)
 
     def finish(self) -> None:
@@ -157,12 +157,12 @@ class _Sent(NamedTuple):
     handle: SendHandle
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Incoming:
     """Receives under way, one from each peer; ``posted_ns``: since when, by ``time.perf_counter_ns``."""
 
     peers: tuple[int, ...]
-    handles: tuple[RecvHandle, ...]
+    handles: list[RecvHandle]
     _route: _Route
     posted_ns: int
 

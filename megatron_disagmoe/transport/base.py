@@ -90,6 +90,11 @@ class MessageSpec:
         """Bytes of the largest payload allowed."""
         return sum(section.max_bytes for section in self.sections)
 
+    @cached_property
+    def plain(self) -> tuple[tuple[torch.dtype, int, int, int, bool], ...]:
+        """Of every section: dtype, width, most rows, bytes of a row, hidden; quick to read for every message."""
+        return tuple((s.dtype, s.width, s.max_rows, s.row_bytes, s.hidden) for s in self.sections)
+
     def __str__(self) -> str:
         return f"{self.header_length} header words and sections ({', '.join(map(str, self.sections))})"
 
@@ -149,12 +154,12 @@ class ChannelTraffic:
         """Count one message of ``rows[i]`` rows in section ``i`` and ``header`` header bytes."""
         self.messages += 1
         self.header += header
-        for section, count in zip(spec.sections, rows, strict=True):
-            if section.hidden:
-                self.hidden += count * section.row_bytes
+        for (_, _, _, row_bytes, hidden), count in zip(spec.plain, rows, strict=True):
+            if hidden:
+                self.hidden += count * row_bytes
                 self.hidden_rows += count
             else:
-                self.side += count * section.row_bytes
+                self.side += count * row_bytes
 
 
 class SendHandle(ABC):
@@ -264,30 +269,44 @@ def check_message(channel: ChannelSpec, key: TransferKey, message: Message, spec
         ValueError: naming the section with its numbers.
     """
 
+    header, sections = message
+    if header.dtype is not torch.int64 or header.shape != (spec.header_length,) or not header.is_cpu:
+        raise _refused(channel, key, message, spec)
+    rows = []
+    if len(sections) != len(spec.plain):
+        raise _refused(channel, key, message, spec)
+    for tensor, (dtype, width, most, _, _) in zip(sections, spec.plain, strict=True):
+        shape = tensor.shape
+        if tensor.dtype is not dtype or len(shape) != 2 or shape[1] != width or shape[0] > most:
+            raise _refused(channel, key, message, spec)
+        rows.append(shape[0])
+    return rows
+
+
+def _refused(channel: ChannelSpec, key: TransferKey, message: Message, spec: MessageSpec) -> ValueError:
+    """Why ``message`` does not fit ``spec``, in words."""
+
     def fail(what: str) -> ValueError:
         return ValueError(f"{channel.name}: cannot send {key}: {what}")
 
     header = message.header
-    if header.dtype != torch.int64 or header.shape != (spec.header_length,) or not header.is_cpu:
-        raise fail(
+    if header.dtype is not torch.int64 or header.shape != (spec.header_length,) or not header.is_cpu:
+        return fail(
             f"the header must be int64 [{spec.header_length}] on the host, "
             f"got {header.dtype} {list(header.shape)} on {header.device}"
         )
     if len(message.sections) != len(spec.sections):
-        raise fail(f"{len(spec.sections)} sections expected, got {len(message.sections)}")
-    rows = []
+        return fail(f"{len(spec.sections)} sections expected, got {len(message.sections)}")
     for index, (tensor, section) in enumerate(zip(message.sections, spec.sections, strict=True)):
         shape = tensor.shape
-        if tensor.dtype != section.dtype or len(shape) != 2 or shape[1] != section.width:
-            raise fail(f"section {index} must be {section}, got {tensor.dtype} {list(shape)}")
-        count = shape[0]
-        if count > section.max_rows:
-            raise fail(
-                f"section {index} holds {count} rows, {count * section.row_bytes} bytes; "
+        if tensor.dtype is not section.dtype or len(shape) != 2 or shape[1] != section.width:
+            return fail(f"section {index} must be {section}, got {tensor.dtype} {list(shape)}")
+        if shape[0] > section.max_rows:
+            return fail(
+                f"section {index} holds {shape[0]} rows, {shape[0] * section.row_bytes} bytes; "
                 f"at most {section.max_rows} rows, {section.max_bytes} bytes, fit the receiver's buffer"
             )
-        rows.append(count)
-    return rows
+    raise AssertionError("the message fits")
 
 
 def check_same_spec(channel: ChannelSpec, peer: int, old: MessageSpec, new: MessageSpec) -> None:

@@ -62,7 +62,7 @@ from megatron_disagmoe.transport.nixl_protocol import (
     worst_case,
 )
 from megatron_disagmoe.transport.nixl_writes import Writes
-from megatron_disagmoe.transport.wire import Layout, Where, place, view_section
+from megatron_disagmoe.transport.wire import Layout, Where, view_section
 
 #: Seconds between looks: by our thread while something is under way, and when nothing is or somebody waits and looks
 #: anyway; by a waiting rank (from the first to the second, doubling, so that a short wait is short and a long one
@@ -129,7 +129,7 @@ class NixlTransport(Transport):
         self, channel: ChannelSpec, key: TransferKey, peer: int, message: Message, spec: MessageSpec
     ) -> SendHandle:
         rows = check_message(channel, key, message, spec)
-        where = place(channel, key, me=self.rank, peer=peer, receiving=False)
+        where = Where(channel, key, self.rank, peer, receiving=False)
         with self._lock:
             offsets, size = packed_offsets(spec, rows)
             self._raise_if_lost(where, peer, expected=size)
@@ -191,7 +191,7 @@ class NixlTransport(Transport):
                 pair = RecvPair(layout, number, peer, capacity=max(1, worst_case(spec) // 4))
                 self._recv_pairs[number, peer] = pair
             check_same_spec(channel, peer, pair.layout.spec, spec)
-            recv = Recv(self, place(channel, key, me=self.rank, peer=peer, receiving=True), key, pair)
+            recv = Recv(self, Where(channel, key, self.rank, peer, receiving=True), key, pair)
             self._raise_if_lost(recv.where, peer, expected=worst_case(spec))
             pair.expected[recv.sequence] = recv
             pair.sequence += 1

@@ -34,7 +34,9 @@ class HostPool:
 
     def take(self, size: int) -> torch.Tensor:
         """A uint8 buffer ``[size]`` with undefined contents."""
-        free = self._free.setdefault(size, [])
+        free = self._free.get(size)
+        if free is None:
+            free = self._free[size] = []
         memory = free.pop() if free else np.empty(size, np.uint8)
         lent = memory.view(_Lent)  # lives as long as the tensor's storage does
         lent.home = free

@@ -40,7 +40,7 @@ from megatron_disagmoe.transport.torch_groups import FIRST_BODY_TAG, RECORD_TAG,
 from megatron_disagmoe.transport.torch_headers import HeaderThreads
 from megatron_disagmoe.transport.torch_messages import Recv, RecvPair, SendPair
 from megatron_disagmoe.transport.torch_sends import Reaper, Send
-from megatron_disagmoe.transport.wire import HELLO_WORDS, Layout, place, view_section
+from megatron_disagmoe.transport.wire import HELLO_WORDS, Layout, Where, view_section
 
 
 class TorchTransport(Transport):
@@ -82,35 +82,35 @@ class TorchTransport(Transport):
         rows = check_message(channel, key, message, spec)
         if self._reaper.error is not None:
             raise self._reaper.error
-        groups = self._groups[channel.name]
-        pair = self._send_pairs.get((channel.name, peer))
+        name = channel.name
+        groups, pair = self._groups[name], self._send_pairs.get((name, peer))
         if pair is None:
             layout = Layout.of(spec, on_host=self.device.type == "cpu")
-            pair = SendPair(layout, dist.get_group_rank(groups.host, peer))
-            self._send_pairs[channel.name, peer] = pair
-        check_same_spec(channel, peer, pair.layout.spec, spec)
-        record = pair.layout.pack(key, pair.sequence, message, rows)
-        parts = [(groups.host, record, RECORD_TAG)]
-        if pair.sequence == 0:
-            parts.insert(0, (groups.host, pair.layout.hello(), RECORD_TAG))
-        for j, i in enumerate(pair.layout.bodies):
-            if rows[i]:
-                body = message.sections[i].detach().contiguous().view(torch.uint8)
-                parts.append((groups.body, body, FIRST_BODY_TAG + j))
-        where = place(channel, key, me=self.rank, peer=peer, receiving=False)
-        send = Send(where, sum(part.numel() for _, part, _ in parts), self.timeout_seconds, self._reaper.over)
+            pair = self._send_pairs[name, peer] = SendPair(layout, dist.get_group_rank(groups.host, peer))
+        layout, to = pair.layout, pair.group_rank
+        check_same_spec(channel, peer, layout.spec, spec)
+        record = layout.pack(key, pair.sequence, message, rows)
+        tensors = [record] if pair.sequence else [layout.hello(), record]
+        where = Where(channel, key, self.rank, peer, receiving=False)
+        send = Send(where, tensors, self.timeout_seconds, self._reaper.over)
+        works = send.works
         try:
-            for group, tensor, tag in parts:
-                send.tensors.append(tensor)
-                send.works.append(group.send([tensor], pair.group_rank, tag))
+            for tensor in tensors:
+                works.append(groups.host.send([tensor], to, RECORD_TAG))
+            for j, i in enumerate(layout.bodies):
+                if rows[i]:
+                    body = message.sections[i].detach().contiguous().view(torch.uint8)
+                    tensors.append(body)
+                    works.append(groups.body.send([body], to, FIRST_BODY_TAG + j))
         except RuntimeError as error:
             raise lost(where, send.size, reason(error)) from error
         pair.sequence += 1
-        self.traffic[channel.name].add(spec, rows, header=pair.layout.num_words * 8)
+        self.traffic[name].add(spec, rows, header=layout.num_words * 8)
         self._reaper.add(send)
-        while self._unflushed and self._unflushed[0].done:
-            self._unflushed.popleft()
-        self._unflushed.append(send)
+        unflushed = self._unflushed
+        while unflushed and unflushed[0].done:
+            unflushed.popleft()
+        unflushed.append(send)
         return send
 
     def flush(self) -> None:
@@ -121,12 +121,12 @@ class TorchTransport(Transport):
     # ---- receiving ----
 
     def post_recv(self, channel: ChannelSpec, key: TransferKey, peer: int, spec: MessageSpec) -> RecvHandle:
-        groups = self._groups[channel.name]
-        where = place(channel, key, me=self.rank, peer=peer, receiving=True)
+        name = channel.name
+        groups, where = self._groups[name], Where(channel, key, self.rank, peer, receiving=True)
         try:
-            pair = self._recv_pairs.get((channel.name, peer))
+            pair = self._recv_pairs.get((name, peer))
             if pair is None:
-                pair = self._recv_pairs[channel.name, peer] = self._open(groups, peer, spec)
+                pair = self._recv_pairs[name, peer] = self._open(groups, peer, spec)
             check_same_spec(channel, peer, pair.layout.spec, spec)
             recv = Recv(where, self._complete, key, pair, exact=self._exact)
             pair.sequence += 1

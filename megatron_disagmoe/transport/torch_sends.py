@@ -18,12 +18,18 @@ from megatron_disagmoe.transport.wire import Where
 class Send(SendHandle):
     """One message under way; keeps its tensors alive. ``done``: told to whoever waits for ``over``."""
 
-    def __init__(self, where: Where, size: int, timeout_seconds: float, over: threading.Condition) -> None:
-        self.where, self.size, self.timeout_seconds, self._over = where, size, timeout_seconds, over
-        self.tensors: list[torch.Tensor] = []
+    def __init__(
+        self, where: Where, tensors: list[torch.Tensor], timeout_seconds: float, over: threading.Condition
+    ) -> None:
+        self.where, self.tensors, self.timeout_seconds, self._over = where, tensors, timeout_seconds, over
         self.works: list[Any] = []
         self.error: TransportError | None = None
         self.done = False
+
+    @property
+    def size(self) -> int:
+        """Bytes, as long as it is under way."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def wait(self) -> None:
         if not self.done:

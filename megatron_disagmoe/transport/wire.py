@@ -34,6 +34,12 @@ _BODY_ROW_BYTES = 256
 _BODY_BYTES = 32 << 10
 HELLO_WORDS = 4
 
+#: What numpy has of torch's dtypes; bf16 and fp8 it has not.
+_NUMPY = {
+    dtype: np.dtype(str(dtype).removeprefix("torch."))
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8)
+}
+
 
 def _align(size: int) -> int:
     return -(-size // 8) * 8
@@ -91,6 +97,25 @@ class Layout:
         return struct.Struct(f"={self.num_words}q")
 
     @cached_property
+    def _first_word(self) -> int:
+        """Of the message's own header."""
+        return _PREFIX + len(self.spec.sections)
+
+    @cached_property
+    def _start(self) -> int:
+        """Of the riders, in bytes."""
+        return self.num_words * 8
+
+    @cached_property
+    def _riding(self) -> tuple[tuple[int, int, int, torch.dtype, np.dtype | None], ...]:
+        """Of every rider: index, bytes of a row, width, dtype, and numpy's for it where it has one."""
+        sections = self.spec.sections
+        return tuple(
+            (i, sections[i].row_bytes, sections[i].width, sections[i].dtype, _NUMPY.get(sections[i].dtype))
+            for i in self.riders
+        )
+
+    @cached_property
     def digest(self) -> int:
         """A 56-bit digest of the spec: equal on both ends where their settings are."""
         text = repr((self.spec, self.riders)).encode()
@@ -118,22 +143,23 @@ class Layout:
 
     def pack(self, key: TransferKey, sequence: int, message: Message, rows: list[int]) -> torch.Tensor:
         """The header record of ``message``: uint8 ``[<= record_bytes]``."""
-        spec = self.spec
-        size = self.num_words * 8 + sum(_align(rows[i] * spec.sections[i].row_bytes) for i in self.riders)
+        size, places = self._start, []
+        for i, row_bytes, _, _, _ in self._riding:
+            count = rows[i] * row_bytes
+            if count:
+                places.append((i, size, count))
+                size += (count + 7) & -8
         memory = np.empty(size, np.uint8)
-        header = message.header.tolist() if spec.header_length else ()
-        edge = encode_edge(key.edge)
+        edge, gradient, layer, micro_batch = key
+        header = message.header.tolist() if self.spec.header_length else ()
         self._words.pack_into(
-            memory, 0, _MAGIC, sequence, edge, key.gradient, key.layer, key.micro_batch, *rows, *header
+            memory, 0, _MAGIC, sequence, encode_edge(edge), gradient, layer, micro_batch, *rows, *header
         )
         record = torch.from_numpy(memory)
-        target = record.data_ptr() + self.num_words * 8
-        for i in self.riders:
-            count = rows[i] * spec.sections[i].row_bytes
-            if count:
-                source = message.sections[i].contiguous()
-                ctypes.memmove(target, source.data_ptr(), count)  # a quarter of what three torch calls take
-            target += _align(count)
+        start = record.data_ptr()
+        for i, offset, count in places:
+            source = message.sections[i].contiguous()
+            ctypes.memmove(start + offset, source.data_ptr(), count)  # a quarter of what three torch calls take
         return record
 
     def unpack(self, where: Where, key: TransferKey, sequence: int, record: torch.Tensor) -> tuple[Message, list[int]]:
@@ -148,37 +174,48 @@ class Layout:
         Raises:
             TransportError: where it is not the message expected, or its sizes do not fit the spec.
         """
-        spec = self.spec
-        memory = record.numpy()
+        memory = record.numpy()  # it keeps the record alive, and so does what is made of it
         words = self._words.unpack_from(memory)
-        prefix = words[:_PREFIX]
-        expected = (_MAGIC, sequence, encode_edge(key.edge), key.gradient, key.layer, key.micro_batch)
-        if prefix[0] != _MAGIC:
-            raise TransportError(f"{where}: expected a header record of {self.record_bytes} bytes at most, had garbage")
-        if prefix != expected:
-            had = TransferKey(decode_edge(prefix[2]), bool(prefix[3]), prefix[4], prefix[5])
-            raise TransportError(f"{where}: expected message {sequence}, {key}; had message {prefix[1]}, {had}")
-        rows = list(words[_PREFIX : _PREFIX + len(spec.sections)])
-        for i, (section, count) in enumerate(zip(spec.sections, rows, strict=True)):
-            if not 0 <= count <= section.max_rows:
-                raise TransportError(
-                    f"{where}: section {i} is {section}: expected at most {section.max_bytes} bytes, "
-                    f"had {count * section.row_bytes} ({count} rows)"
-                )
+        edge, gradient, layer, micro_batch = key
+        if words[:_PREFIX] != (_MAGIC, sequence, encode_edge(edge), gradient, layer, micro_batch):
+            raise self._another(where, key, sequence, words)
+        rows = list(words[_PREFIX : self._first_word])
+        for count, (_, _, most, _, _) in zip(rows, self.spec.plain, strict=True):
+            if not 0 <= count <= most:
+                raise self._too_large(where, rows)
         header, *sections = self._nothing
-        if spec.header_length:
-            start = (_PREFIX + len(spec.sections)) * 8
-            header = torch.frombuffer(memory, dtype=torch.int64, count=spec.header_length, offset=start)
-        offset = self.num_words * 8
-        for i in self.riders:
-            section = spec.sections[i]
-            count = rows[i] * section.row_bytes
+        length = self.spec.header_length
+        if length:
+            header = torch.from_numpy(np.ndarray(length, np.int64, memory, self._first_word * 8))
+        offset = self._start
+        for i, row_bytes, width, dtype, numpy_dtype in self._riding:
+            count = rows[i] * row_bytes
             if count:
-                numbers = rows[i] * section.width
-                flat = torch.frombuffer(memory, dtype=section.dtype, count=numbers, offset=offset)
-                sections[i] = flat.view(rows[i], section.width)
-            offset += _align(count)
+                if numpy_dtype is not None:  # half of what two torch calls take
+                    sections[i] = torch.from_numpy(np.ndarray((rows[i], width), numpy_dtype, memory, offset))
+                else:
+                    flat = torch.frombuffer(memory, dtype=dtype, count=rows[i] * width, offset=offset)
+                    sections[i] = flat.view(rows[i], width)
+                offset += (count + 7) & -8
         return Message(header, tuple(sections)), rows
+
+    def _another(self, where: Where, key: TransferKey, sequence: int, words: tuple[int, ...]) -> TransportError:
+        """The words are not those of the message expected."""
+        if words[0] != _MAGIC:
+            return TransportError(
+                f"{where}: expected a header record of {self.record_bytes} bytes at most, had garbage"
+            )
+        had = TransferKey(decode_edge(words[2]), bool(words[3]), words[4], words[5])
+        return TransportError(f"{where}: expected message {sequence}, {key}; had message {words[1]}, {had}")
+
+    def _too_large(self, where: Where, rows: list[int]) -> TransportError:
+        """The first section that has more rows than it may, or less than none."""
+        sections = self.spec.sections
+        i = next(i for i, count in enumerate(rows) if not 0 <= count <= sections[i].max_rows)
+        return TransportError(
+            f"{where}: section {i} is {sections[i]}: expected at most {sections[i].max_bytes} bytes, "
+            f"had {rows[i] * sections[i].row_bytes} ({rows[i]} rows)"
+        )
 
 
 def _rides(section: Section) -> bool:
@@ -209,8 +246,3 @@ class Where(NamedTuple):
         """``"M2N A0->F1 r0: rank 3 receiving M2N of layer 2, micro-batch 7 from rank 1"``."""
         verb, word = ("receiving", "from") if self.receiving else ("sending", "to")
         return f"{self.channel.name}: rank {self.me} {verb} {self.key} {word} rank {self.peer}"
-
-
-def place(channel: ChannelSpec, key: TransferKey, *, me: int, peer: int, receiving: bool) -> Where:
-    """Where an error happened."""
-    return Where(channel, key, me, peer, receiving)

@@ -22,12 +22,16 @@ def test_a_buffer_comes_back_when_the_last_view_is_gone(monkeypatch: pytest.Monk
     buffer = pool.take(64)
     view = buffer.view(torch.float32)[4:]
     numbers = torch.frombuffer(buffer.numpy(), dtype=torch.int64, count=2, offset=8)
+    rider = torch.from_numpy(np.ndarray((2, 3), np.float32, buffer.numpy(), 8))  # as Layout.unpack makes them
     del buffer, view
     second = pool.take(64)
     assert made == [64, 64]  # the first is still in use
     del numbers, second
-    held = [pool.take(64), pool.take(64)]
-    assert made == [64, 64]  # both are back
-    assert held[0].data_ptr() != held[1].data_ptr()
+    third, fourth = pool.take(64), pool.take(64)
+    assert made == [64, 64, 64]  # only the second was back
+    del rider, third, fourth
+    held = [pool.take(64) for _ in range(3)]
+    assert made == [64, 64, 64]  # all are back
+    assert len({each.data_ptr() for each in held}) == 3
     pool.take(128)
-    assert made == [64, 64, 128]
+    assert made == [64, 64, 64, 128]
