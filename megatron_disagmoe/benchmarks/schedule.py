@@ -44,6 +44,7 @@ class Case:
     costs: StageCosts = field(default_factory=lambda: _BALANCED)
     max_live: int | None = None
     order_messages: bool = False
+    redispatch: bool = False
 
     @property
     def world_size(self) -> int:
@@ -54,6 +55,8 @@ class Case:
 _SLOW_NETWORK = StageCosts(attention=1.0, ffn=1.0, transfer=1.5)
 _UNBALANCED = StageCosts(attention=1.0, ffn=0.6, transfer=0.8)
 _TAIL = StageCosts(attention=1.0, ffn=1.0, transfer=0.5, tail=0.3)
+# FFN stages run their forward again, and get their input for that once more
+_AGAIN = StageCosts(attention=1.0, ffn=0.7, transfer=0.8, lane=0.4, recompute_ffn=1.0)
 
 CASES = (
     Case("p1-sequential", "sequential", 1, 1, 4, 4),
@@ -67,6 +70,7 @@ CASES = (
     Case("p2-unbalanced", "interleaved-1f1b", 2, 2, 8, 8, _UNBALANCED),
     Case("p2-tail", "interleaved-1f1b", 2, 2, 8, 8, _TAIL),
     Case("p2-ports-in-order", "interleaved-1f1b", 2, 2, 8, 12, _SLOW_NETWORK, order_messages=True),
+    Case("p2-again-in-order", "split-backward", 2, 2, 8, 12, _AGAIN, order_messages=True, redispatch=True),
     Case("p1-p2", "interleaved-1f1b", 1, 2, 4, 8, StageCosts(attention=1.0, ffn=2.0, transfer=0.5)),
     Case("p2-p1", "interleaved-1f1b", 2, 1, 4, 8, StageCosts(attention=2.0, ffn=1.0, transfer=0.5)),
     Case("p2-p1-split", "split-backward", 2, 1, 4, 8, StageCosts(attention=2.0, ffn=1.0, transfer=0.5)),
@@ -140,6 +144,7 @@ def _predict(case: Case, folder: Path, *, unit_seconds: float) -> tuple[dict[str
             costs=case.costs,
             max_live=case.max_live,
             order_messages=case.order_messages,
+            redispatch=case.redispatch,
         )
     ).schedule
     path = folder / f"{case.name}.txt"
@@ -155,6 +160,7 @@ def _predict(case: Case, folder: Path, *, unit_seconds: float) -> tuple[dict[str
         "layers": case.layers,
         "micro_batches": case.micro_batches,
         "max_live": case.max_live,
+        "redispatch": case.redispatch,
         "ports_in_order": schedule.ports_in_order,
         "stage_ms": unit_seconds * 1e3,
         "actions": sum(map(len, schedule.actions.values())),

@@ -69,7 +69,7 @@ def frontier(
 ) -> Iterator[Point]:
     """Points lever by lever, the lowest cap first; a higher cap never makes a step slower.
 
-    ``order_messages``: as ``build`` has it, but for second dispatches.
+    ``order_messages``: as ``build`` has it.
 
     Raises:
         ValueError: for a cap that no order can meet, or an unknown lever.
@@ -88,7 +88,7 @@ def frontier(
                 costs=changed,
                 max_live=cap,
                 redispatch=lever == REDISPATCH,
-                order_messages=order_messages and lever != REDISPATCH,
+                order_messages=order_messages,
             )
             point = _point(schedule, changed, lever, cap)
             if best is not None and best.makespan <= point.makespan:  # what keeps a lower cap keeps this one too

@@ -22,7 +22,7 @@ from numba import njit
 
 from megatron_disagmoe.builders.folding import progress
 from megatron_disagmoe.builders.timetable import NEVER, fit, take
-from megatron_disagmoe.schedules.orders import B, F, I, Ints, Orders, PortOrders, W
+from megatron_disagmoe.schedules.orders import B, D, F, I, Ints, Orders, PortOrders, W
 from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.engine import ticks_per_unit
 from megatron_disagmoe.simulator.simulate import Run, durations, simulate_orders, transfers_of
@@ -42,13 +42,17 @@ class Gapped:
         number = count + np.arange(len(self.transfers))
         used = self.transfers.user >= 0
         before, after = [self.transfers.maker, number[used]], [number, self.transfers.user[used]]
-        for earlier, later in ((F, B), (F, I), (I, W)):
+        for earlier, later in ((F, B), (F, I), (I, W), (F, D)):
             ends = orders.position(earlier), orders.position(later)
             both = (ends[0] >= 0) & (ends[1] >= 0)
             before.append(ends[0][both])
             after.append(ends[1][both])
         self._before, self._after = np.concatenate(before), np.concatenate(after)
         self._max_live = None if orders.forward_only else max_live
+        # activations begin and end with these: FFN stages that are dispatched again keep theirs from I to W alone
+        kept = ~((orders.stage % 2 == 1) & bool((orders.kind == D).any()))
+        self._takes = np.where(kept, orders.kind == F, orders.kind == I)
+        self._gives = np.where(kept, orders.kind == B, False) | (orders.kind == W)
         way = 2 * progress(orders)
         self._progress = np.concatenate((way, way[self.transfers.maker] + 1))
         self._rank = self._progress
@@ -73,8 +77,7 @@ class Gapped:
         before, after = [self._before], [self._after]
         for number in range(len(orders.bounds) - 1):
             mine = computes[(computes >= orders.bounds[number]) & (computes < orders.bounds[number + 1])]
-            takes = mine[orders.kind[mine] == F]
-            gives = mine[(orders.kind[mine] == B) | (orders.kind[mine] == W)]
+            takes, gives = mine[self._takes[mine]], mine[self._gives[mine]]
             before.append(gives[: max(0, len(takes) - self._max_live)])
             after.append(takes[self._max_live :])
         self._link(np.concatenate(before), np.concatenate(after))

@@ -3,8 +3,9 @@
 SENDs and RECVs are written so that nothing can lock, even where a SEND blocks until its message has been taken. Take
 all messages in the order in which they start. When it is the turn of one, its sender has come to its SEND: what stands
 before that began earlier. Its RECV stands before everything that begins no earlier on its receiver, so it is posted;
-and what the receiver gets before it has been sent. A lane takes no time, but its turn comes after the SENDs that stand
-before it. That is soon enough: its user also waits for the message that its maker sends next.
+and what the receiver gets before it has been sent. Ports serve a lane as it comes: it stands right behind its maker,
+and its turn comes after the SENDs before it. That is soon enough: its user also waits for the message that its maker
+sends next.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class _Message(NamedTuple):
 def listed(run: Run, parameters: dict[str, object]) -> Schedule:
     """The schedule of ``run``, whose ports serve messages in the order in which they do there.
 
-    Simulated it takes as long. Lanes must take no time, and every other transfer some.
+    Simulated it takes as long. Every transfer but for lanes must take some time.
     """
     orders = run.orders
     groups = range(len(orders.placement.groups))
@@ -77,16 +78,15 @@ def _messages(run: Run) -> list[_Message]:
     orders, transfers = run.orders, run.transfers
     way = progress(orders).tolist()
     micro_batch = orders.micro_batch.tolist()
-    assert (transfers.stride == 1).all(), "lanes take no time"
-    assert (transfers.duration > 0).all(), "all others do"
-    assert not (orders.kind == D).any(), "nothing is dispatched again"
-    gradient = np.isin(orders.kind[transfers.maker], (B, I)).tolist()
+    near = transfers.stride == 1
+    assert (transfers.duration[near] > 0).all(), "they do not start and end at once"
+    kind = orders.kind[transfers.maker]
     ends = (transfers.maker, transfers.user, transfers.sender, transfers.receiver)
-    columns = (transfers.first_stage, run.transfer_start, *ends)
+    columns = (transfers.first_stage, kind == D, np.isin(kind, (B, I)), run.transfer_start, *ends)
     result = []
-    for (first, start, *rest), back in zip(zip(*(c.tolist() for c in columns), strict=True), gradient, strict=True):
+    for first, again, back, start, *rest in zip(*(column[near].tolist() for column in columns), strict=True):
         maker, user, sender, receiver = rest
-        edge = (Edge.M2N, Edge.N2M)[first % 2]
+        edge = Edge.AGAIN if again else (Edge.M2N, Edge.N2M)[first % 2]
         send = Action(Kind.SEND, first // 2, micro_batch[maker], edge, back)
         result.append(_Message(send, (start, _COMES, way[maker], 0), maker, user, sender, receiver))
     return result + _lanes(run, way)

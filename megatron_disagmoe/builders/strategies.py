@@ -81,8 +81,10 @@ def best_timetable(
     for start in search.runners_up[: 1 if len(found.orders) > LARGE else None]:
         if makespan <= search.bound:
             break
-        for run in improved(start.run, task.costs, passes=_PASSES, max_live=task.max_live):
-            fits = task.max_live is None or most_live(run.orders) <= task.max_live
+        begun = dispatched_again(start.run, task.costs) if task.redispatch else start.run
+        for run in improved(begun, task.costs, passes=_PASSES, max_live=task.max_live):
+            live = most_live(run.orders, redispatch=task.redispatch)
+            fits = task.max_live is None or live <= task.max_live
             if fits and run.makespan < makespan:
                 makespan, best = run.makespan, (run, start.made_by)
     return found, best

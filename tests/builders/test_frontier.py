@@ -46,7 +46,7 @@ def test_levers_cost_time_and_save_memory(points: list[Point]) -> None:
 
 
 def test_messages_in_order() -> None:
-    """Never slower; second dispatches have no order."""
+    """Never slower, second dispatches included."""
     slow = StageCosts(attention=1, ffn=1, transfer=1.5)
     plain, ordered = (
         list(
@@ -63,7 +63,7 @@ def test_messages_in_order() -> None:
         for order in (False, True)
     )
     assert plain[0].makespan > ordered[0].makespan >= ordered[0].bound
-    assert plain[1] == ordered[1]
+    assert plain[1].makespan > ordered[1].makespan >= ordered[1].bound
 
 
 def test_default_caps_reach_from_the_least_to_four_layers() -> None:

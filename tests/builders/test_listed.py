@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_disagmoe import builders
 from megatron_disagmoe.builders.gapped import improved
 from megatron_disagmoe.builders.listed import listed
+from megatron_disagmoe.builders.redispatch import all_again, dispatched_again
 from megatron_disagmoe.builders.search import most_live
 from megatron_disagmoe.builders.sequential import sequential
 from megatron_disagmoe.schedules.actions import Kind, Placement, Schedule
@@ -25,14 +26,28 @@ from tests.schedules.strategies import placements, runnable_computes
 times = st.sampled_from((0.3, 0.5, 1.0, 1.5, 2.5))
 zero_or_more = st.just(0.0) | times
 costs = st.builds(
-    StageCosts, attention=times, ffn=times, transfer=times, combine=st.none() | times, tail=zero_or_more
+    StageCosts,
+    attention=times,
+    ffn=times,
+    transfer=times,
+    combine=st.none() | times,
+    lane=zero_or_more,
+    tail=zero_or_more,
 )
 
 
 def builders_may_make(schedule: Schedule) -> bool:
-    """Nothing dispatched again, and all backwards whole or all split."""
+    """All backwards whole or all split; what is dispatched again, `begun` says."""
     kinds = {action.kind for actions in schedule.actions.values() for action in actions}
     return Kind.D not in kinds and not {Kind.B, Kind.I} <= kinds
+
+
+def begun(schedule: Schedule, costs: StageCosts, *, again: bool) -> Run:
+    """A run of ``schedule``, with a second dispatch of everything where ``again``."""
+    orders = Orders.of(schedule)
+    if schedule.forward_only or not again:
+        return simulate_orders(orders, costs)
+    return dispatched_again(simulate_orders(orders, all_again(costs)), costs)
 
 
 def apart(group: Ints, start: Floats, end: Floats) -> bool:
@@ -55,11 +70,11 @@ def is_sound(run: Run) -> bool:
     )
 
 
-@given(runnable_computes().filter(builders_may_make), costs)
-@settings(deadline=None, max_examples=150)
-def test_timetables_are_sound_and_their_schedules_safe(schedule: Schedule, costs: StageCosts) -> None:
-    start = simulate_orders(Orders.of(schedule), costs)
-    bound = lower_bounds(Workload.of(schedule, costs)).phase
+@given(runnable_computes().filter(builders_may_make), costs, st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_timetables_are_sound_and_their_schedules_safe(schedule: Schedule, costs: StageCosts, again: bool) -> None:
+    start = begun(schedule, costs, again=again)
+    bound = lower_bounds(Workload.of(start.orders, costs)).phase
     for run in improved(start, costs, passes=3):
         assert is_sound(run)
         written = listed(run, {})
@@ -74,15 +89,15 @@ def test_timetables_are_sound_and_their_schedules_safe(schedule: Schedule, costs
 one_by_one = st.builds(sequential, placements(), num_micro_batches=st.integers(2, 5), forward_only=st.just(False))
 
 
-@given(runnable_computes().filter(builders_may_make) | one_by_one, costs)
-@settings(deadline=None, max_examples=100)
-def test_places_are_kept(schedule: Schedule, costs: StageCosts) -> None:
+@given(runnable_computes().filter(builders_may_make) | one_by_one, costs, st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_places_are_kept(schedule: Schedule, costs: StageCosts, again: bool) -> None:
     """No more alive than before, unless an action without time gets into the middle of another."""
-    start = simulate_orders(Orders.of(schedule), costs)
-    cap = most_live(start.orders)
+    start = begun(schedule, costs, again=again)
+    cap = most_live(start.orders, redispatch=again)
     for run in improved(start, costs, passes=3, max_live=cap):
         assert is_sound(run)
-        assert most_live(run.orders) <= cap or costs.tail == 0
+        assert most_live(run.orders, redispatch=again) <= cap or costs.tail == 0
         assert verify(listed(run, {})).ok
 
 
@@ -123,21 +138,35 @@ def test_the_builder_orders_messages_where_that_is_faster() -> None:
     assert built[0] == built[1], "already at the bound"
 
 
-@pytest.mark.parametrize(
-    "costs, redispatch, words",
-    [
-        (NETWORK_BOUND, True, "second dispatches"),
-        (StageCosts(attention=1, ffn=1, transfer=1, lane=0.5), False, "--t-lane is 0.5"),
-        (StageCosts(attention=1, ffn=1, transfer=0), False, "transfers take no time"),
-    ],
-)
-def test_where_messages_cannot_be_ordered(costs: StageCosts, redispatch: bool, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize("kind", ["interleaved-1f1b", "split-backward"])
+def test_messages_are_ordered_beside_second_dispatches_and_lanes(kind: str) -> None:
+    """Within the cap, on FFN groups too, which keep nothing between forward and backward."""
+    costs = StageCosts(attention=1, ffn=1, transfer=0.8, lane=0.4)
+    plain, ordered = (
+        builders.build(
+            kind,
+            RING,
+            num_micro_batches=16,
+            costs=costs,
+            max_live=14,
+            redispatch=True,
+            order_messages=order,
+        )
+        for order in (False, True)
+    )
+    assert ordered.ports_in_order
+    assert verify(ordered, max_live=14).ok
+    assert sum(action.kind is Kind.D for actions in ordered.actions.values() for action in actions) == 8 * 16
+    bound = lower_bounds(Workload.of(ordered, costs), max_live=14).cap
+    assert bound <= simulate(ordered, costs).makespan < simulate(plain, costs).makespan
+
+
+def test_where_messages_cannot_be_ordered() -> None:
+    with pytest.raises(ValueError, match="transfers take no time"):
         builders.build(
             "interleaved-1f1b",
             RING,
             num_micro_batches=8,
-            costs=costs,
-            redispatch=redispatch,
+            costs=StageCosts(attention=1, ffn=1, transfer=0),
             order_messages=True,
         )

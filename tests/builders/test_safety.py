@@ -44,6 +44,7 @@ costs = st.builds(
     group_size=st.none() | st.integers(1, 24),
     slack=st.none() | st.integers(0, 40),
     forward_only=st.booleans(),
+    redispatch=st.booleans(),
     order_messages=st.booleans(),
 )
 def test_every_schedule_is_safe_and_within_its_cap(
@@ -54,6 +55,7 @@ def test_every_schedule_is_safe_and_within_its_cap(
     group_size: int | None,
     slack: int | None,
     forward_only: bool,
+    redispatch: bool,
     order_messages: bool,
 ) -> None:
     cap = None if slack is None else builders.least_live(placement, forward_only=forward_only) + slack
@@ -65,7 +67,8 @@ def test_every_schedule_is_safe_and_within_its_cap(
         group_size=group_size,
         max_live=cap,
         forward_only=forward_only,
-        order_messages=order_messages and costs.lane == 0 and min(costs.edge(0), costs.edge(1)) > 0,
+        redispatch=redispatch,
+        order_messages=order_messages and min(costs.edge(0), costs.edge(1)) > 0,
     )
     report = verify(schedule, max_live=cap)
     assert report.ok, report.explain()
