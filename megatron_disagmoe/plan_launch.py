@@ -3,7 +3,9 @@
     python -m megatron_disagmoe.plan_launch PLAN --node I --master HOST [--dry-run] [--script FILE] [-- FLAGS]
 
 A plan says which global ranks sit on which node, and these are seldom consecutive, so ``torchrun``'s numbering would
-put groups on other nodes than the plan has them. Hence each process gets its rank from here.
+put groups on other nodes than the plan has them. Hence each process gets its rank from here. Nor need rank 0 be on node
+0, whose host everybody knows: so not rank 0 serves the store that ranks meet at but node 0's launcher, as torchrun's
+agent would.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.hosts import seats
@@ -24,6 +28,12 @@ from megatron_disagmoe.planner.model_export import megatron_model_flags
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.plan_file import load_plan
 from megatron_disagmoe.planner.verify import verify_plan
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+#: Where launchers whose ranks have ended count themselves, and how long node 0's waits for the others.
+_LEFT, _FAREWELL = "plan_launch/left", timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -79,21 +89,30 @@ def processes(plan_path: Path, *, master: str, port: int, script: str | None, fl
             "RANK": str(seat.rank),
             "LOCAL_RANK": str(seat.gpu),
             "LOCAL_WORLD_SIZE": str(per_node[seat.node]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         role = f"{seat.group} replica {seat.replica} number {seat.number}"
         found.append(Process(seat.node, seat.rank, role, environment, tuple(words)))
     return found
 
 
-def start(mine: Sequence[Process]) -> int:
-    """Run the processes of one node; the first that fails ends the others. Their exit code."""
+def start(mine: Sequence[Process], *, num_nodes: int) -> int:
+    """Run the processes of one node of ``num_nodes``; the first that fails ends the others. Their exit code.
+
+    Raises:
+        ValueError: before any is started, where the port of node 0's store is taken.
+    """
+    store = _serve_store(mine)
     running = [subprocess.Popen(each.command, env={**os.environ, **each.environment}) for each in mine]
     try:
         while True:
             codes = [each.poll() for each in running]
             failed = [code for code in codes if code]
-            if failed or all(code == 0 for code in codes):
-                return failed[0] if failed else 0
+            if failed:
+                return failed[0]
+            if all(code == 0 for code in codes):
+                _leave_together(mine, store, num_nodes)
+                return 0
             time.sleep(0.5)
     finally:
         for each in running:
@@ -101,6 +120,41 @@ def start(mine: Sequence[Process]) -> int:
                 each.terminate()
         for each in running:
             each.wait()
+
+
+def _serve_store(mine: Sequence[Process]) -> TCPStore | None:
+    """Where these are node 0's: the store that all ranks meet at, served as long as what is returned is kept.
+
+    Raises:
+        ValueError: the port is taken.
+    """
+    if mine[0].node != 0:
+        return None
+    from torch._C._distributed_c10d import TCPStore
+
+    port = int(mine[0].environment["MASTER_PORT"])
+    try:
+        return TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    except RuntimeError as error:
+        raise ValueError(f"--port {port} is taken on this host; choose another, the same on every node") from error
+
+
+def _leave_together(mine: Sequence[Process], store: TCPStore | None, num_nodes: int) -> None:
+    """Node 0 serves the store until every node's ranks have ended, or some have not for long: they have failed."""
+    from torch._C._distributed_c10d import TCPStore
+
+    at = mine[0].environment
+    try:
+        if store is None:
+            store = TCPStore(at["MASTER_ADDR"], int(at["MASTER_PORT"]), is_master=False, timeout=_FAREWELL)
+            store.add(_LEFT, 1)
+            return
+        store.add(_LEFT, 1)
+        until = time.monotonic() + _FAREWELL.total_seconds()
+        while store.add(_LEFT, 0) < num_nodes and time.monotonic() < until:
+            time.sleep(0.1)
+    except RuntimeError as error:  # its ranks have ended well all the same
+        print(f"plan_launch: node {mine[0].node} could not tell node 0 that it is done: {error}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,7 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"node {each.node} rank {each.rank} {each.role}: {each.line()}")
         print(f"the plan holds: {len(every)} processes on {len(nodes)} nodes", file=sys.stderr)
         return 0
-    return start(mine)
+    try:
+        return start(mine, num_nodes=len(nodes))
+    except ValueError as error:
+        print(f"plan_launch: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

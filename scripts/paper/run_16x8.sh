@@ -19,6 +19,7 @@ while [ $# -gt 0 ]; do
     --plan) plan=$2 && shift 2 ;;
     --node | --master | --port | --script) launch+=("$1" "$2") && shift 2 ;;
     --dry-run) launch+=("$1") && shift ;;
+    -h | --help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" && exit 0 ;;
     --) break ;;
     *) say "${0##*/}: unknown option $1" && exit 2 ;;
   esac
