@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_disagmoe.planner.allocation import Allocation, ScheduleKind
-from megatron_disagmoe.planner.evaluate import Evaluation, allocation_of, evaluate
+from megatron_disagmoe.planner.evaluate import allocation_of, evaluate
+from megatron_disagmoe.planner.evaluation import Evaluation
 from megatron_disagmoe.planner.placing import ways_to_place
 from megatron_disagmoe.planner.rerank import Ranked, in_order, live_cap, no_faster_than, rank
 from megatron_disagmoe.planner.search import Found, search

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import IN_TURN
-from megatron_disagmoe.planner.evaluate import Evaluation
+from megatron_disagmoe.planner.evaluation import Evaluation
 from megatron_disagmoe.planner.planning import Outcome, Progress, Request, best_analytic, plan
 from megatron_disagmoe.planner.rerank import Ranked, in_order
 from megatron_disagmoe.planner.search import TIE

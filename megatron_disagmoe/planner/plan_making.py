@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from megatron_disagmoe.arguments.refusals import refused
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import IN_TURN, Allocation
-from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory
+from megatron_disagmoe.planner.evaluation import Evaluation, GroupMemory
 from megatron_disagmoe.planner.hosts import seats
 from megatron_disagmoe.planner.model_import import parse_flags
 from megatron_disagmoe.planner.plan_file import (

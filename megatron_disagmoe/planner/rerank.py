@@ -14,7 +14,8 @@ from functools import lru_cache
 
 from megatron_disagmoe import builders
 from megatron_disagmoe.planner.allocation import IN_TURN, ScheduleKind
-from megatron_disagmoe.planner.evaluate import Evaluation, GroupMemory, evaluate
+from megatron_disagmoe.planner.evaluate import evaluate
+from megatron_disagmoe.planner.evaluation import Evaluation, GroupMemory
 from megatron_disagmoe.planner.layered_costs import LayeredCosts
 from megatron_disagmoe.planner.search import TIE
 from megatron_disagmoe.schedules.actions import Group, Placement, Schedule, Side

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_disagmoe.planner.cluster_spec import Cluster
-from megatron_disagmoe.planner.evaluate import Evaluation, evaluate
+from megatron_disagmoe.planner.evaluate import evaluate
+from megatron_disagmoe.planner.evaluation import Evaluation
 from megatron_disagmoe.planner.model_spec import ModelSpec
 from megatron_disagmoe.planner.plan_file import PlanFile
 from megatron_disagmoe.planner.plan_making import af_flags, megatron_flags

@@ -13,7 +13,8 @@ from itertools import combinations
 from statistics import median
 
 from megatron_disagmoe.planner.cluster_spec import Calibration, Cluster
-from megatron_disagmoe.planner.evaluate import Evaluation, evaluate
+from megatron_disagmoe.planner.evaluate import evaluate
+from megatron_disagmoe.planner.evaluation import Evaluation
 from megatron_disagmoe.planner.model_spec import ModelSpec
 from megatron_disagmoe.planner.rerank import ranked_as_planned
 from megatron_disagmoe.planner.verify import problem_of

@@ -11,7 +11,8 @@ from megatron_disagmoe.planner import contest
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import Allocation
 from megatron_disagmoe.planner.contest import rerank
-from megatron_disagmoe.planner.evaluate import Evaluation, allocation_of, evaluate
+from megatron_disagmoe.planner.evaluate import allocation_of, evaluate
+from megatron_disagmoe.planner.evaluation import Evaluation
 from megatron_disagmoe.planner.rerank import Ranked, live_cap, no_faster_than
 from megatron_disagmoe.planner.search import Found, search
 from megatron_disagmoe.planner.space import Space

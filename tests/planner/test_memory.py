@@ -11,7 +11,8 @@ import pytest
 from megatron_disagmoe.builders.interleaved import Shape, interleaved
 from megatron_disagmoe.planner.activations import Recompute
 from megatron_disagmoe.planner.allocation import NodeLayout
-from megatron_disagmoe.planner.evaluate import Evaluation, evaluate
+from megatron_disagmoe.planner.evaluate import evaluate
+from megatron_disagmoe.planner.evaluation import Evaluation
 from megatron_disagmoe.planner.model_import import load_model
 from megatron_disagmoe.planner.space import Space
 from megatron_disagmoe.planner.states import attention_parameters, state_level, state_levels

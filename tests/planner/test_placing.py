@@ -11,7 +11,8 @@ import pytest
 from megatron_disagmoe.planner.allocation import IN_TURN
 from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.cluster_spec import Cluster
-from megatron_disagmoe.planner.evaluate import Evaluation, evaluate
+from megatron_disagmoe.planner.evaluate import evaluate
+from megatron_disagmoe.planner.evaluation import Evaluation
 from megatron_disagmoe.planner.explain import explained
 from megatron_disagmoe.planner.hosts import seats
 from megatron_disagmoe.planner.model_import import load_model

@@ -11,7 +11,8 @@ import pytest
 from megatron_disagmoe.planner.allocation import Allocation, NodeLayout
 from megatron_disagmoe.planner.cluster_import import load_cluster
 from megatron_disagmoe.planner.contest import rerank
-from megatron_disagmoe.planner.evaluate import Evaluation, evaluate
+from megatron_disagmoe.planner.evaluate import evaluate
+from megatron_disagmoe.planner.evaluation import Evaluation
 from megatron_disagmoe.planner.problem import Problem
 from megatron_disagmoe.planner.rerank import Ranked, in_order, rank, ranked_as_planned
 from megatron_disagmoe.planner.search import search
