@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_disagmoe.model_layers import LayerLayout
 from megatron_disagmoe.transport.base import Message
 from megatron_disagmoe.transport.dispatch import Dispatcher, NodeExchange
-from megatron_disagmoe.transport.dispatch.base import no_header
+from megatron_disagmoe.transport.dispatch.gradients import no_header
 
 
 @dataclass

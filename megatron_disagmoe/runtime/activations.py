@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_disagmoe.runtime.weight_gradients import WeightGradients
 from megatron_disagmoe.schedules.dataflow import Port
 from megatron_disagmoe.transport.base import Message
-from megatron_disagmoe.transport.dispatch.base import no_header
+from megatron_disagmoe.transport.dispatch.gradients import no_header
 
 Received = dict[Port, list[Message]]
 """Messages by the port they came through, one per peer."""

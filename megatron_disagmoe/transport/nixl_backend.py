@@ -191,7 +191,8 @@ class NixlTransport(Transport):
                 pair = RecvPair(layout, number, peer, capacity=max(1, worst_case(spec) // 4))
                 self._recv_pairs[number, peer] = pair
             check_same_spec(channel, peer, pair.layout.spec, spec)
-            recv = Recv(self, Where(channel, key, self.rank, peer, receiving=True), key, pair)
+            where = Where(channel, key, self.rank, peer, receiving=True)
+            recv = Recv(where, self._complete, self._give_back, key, pair)
             self._raise_if_lost(recv.where, peer, expected=worst_case(spec))
             pair.expected[recv.sequence] = recv
             pair.sequence += 1

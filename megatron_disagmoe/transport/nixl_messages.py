@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,6 @@ from megatron_disagmoe.transport.handles import PostedRecv
 from megatron_disagmoe.transport.nixl_memory import Slot
 from megatron_disagmoe.transport.nixl_protocol import Offer
 from megatron_disagmoe.transport.wire import Layout, Where
-
-if TYPE_CHECKING:
-    from megatron_disagmoe.transport.nixl_backend import NixlTransport
 
 
 @dataclass(eq=False)
@@ -69,11 +67,23 @@ class Send(SendHandle):
 
 
 class Recv(PostedRecv):
-    """One posted receive."""
+    """One posted receive.
 
-    def __init__(self, transport: NixlTransport, where: Where, key: TransferKey, pair: RecvPair) -> None:
+    Args:
+        complete: waits for the whole message.
+        give_back: takes a slot of registered memory back; any thread may call it.
+    """
+
+    def __init__(
+        self,
+        where: Where,
+        complete: Callable[[Recv], Message],
+        give_back: Callable[[Slot], None],
+        key: TransferKey,
+        pair: RecvPair,
+    ) -> None:
         super().__init__(where)
-        self.transport, self.key, self.pair = transport, key, pair
+        self._wait_for, self._give_back, self.key, self.pair = complete, give_back, key, pair
         self.sequence = pair.sequence
         self.slot: Slot | None = None
         self.memory: np.ndarray | None = None  # the slot's, on a host: what the message's tensors keep alive
@@ -86,7 +96,7 @@ class Recv(PostedRecv):
         return self.error is not None or self.size == 0 or (self.size is not None and self.has_data)
 
     def _complete(self) -> Message:
-        return self.transport._complete(self)
+        return self._wait_for(self)
 
     def take(self) -> Message:
         """On a host without a copy: the slot goes back when nothing uses its memory, autograd's graph included."""
@@ -94,7 +104,7 @@ class Recv(PostedRecv):
         if self.slot is not None and self.memory is None:
             return super().take()
         if self.slot is not None:
-            weakref.finalize(self.memory, self.transport._give_back, self.slot).atexit = False
+            weakref.finalize(self.memory, self._give_back, self.slot).atexit = False
         self.message = self.slot = self.memory = None
         return message
 
@@ -102,4 +112,4 @@ class Recv(PostedRecv):
         self.message = self.memory = None
         slot, self.slot = self.slot, None
         if slot is not None:
-            self.transport._give_back(slot)
+            self._give_back(slot)

@@ -18,7 +18,7 @@ from megatron_disagmoe.model.stages import Dispatched, Lane
 from megatron_disagmoe.runtime.weight_gradients import linear
 from megatron_disagmoe.transport.base import Message
 from megatron_disagmoe.transport.dispatch import CombineState, NodeExchange
-from megatron_disagmoe.transport.dispatch.base import no_header
+from megatron_disagmoe.transport.dispatch.gradients import no_header
 
 WIDTH, TOKENS = 4, 6
 

@@ -20,7 +20,7 @@ from megatron.training import get_args
 from megatron_disagmoe import megatron_seams
 from megatron_disagmoe.transport.base import Message
 from megatron_disagmoe.transport.dispatch import create_dispatcher
-from megatron_disagmoe.transport.dispatch.base import no_header
+from megatron_disagmoe.transport.dispatch.gradients import no_header
 
 SYMBOL = "megatron.core.transformer.moe.moe_layer:MoEAlltoAllTokenDispatcher"
 

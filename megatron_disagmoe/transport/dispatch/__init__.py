@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_disagmoe.transport.dispatch.base import (
-    CombineState,
-    Dispatcher,
-    DispatchSizes,
-    ExpertInput,
-    gradient_spec,
-)
+from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, DispatchSizes, ExpertInput
+from megatron_disagmoe.transport.dispatch.gradients import gradient_spec
 from megatron_disagmoe.transport.dispatch.node import NodeChannels, NodeExchange, TransportExchange
 from megatron_disagmoe.transport.dispatch.per_expert import PerExpertDispatcher
 from megatron_disagmoe.transport.dispatch.per_node import PerNodeDispatcher

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec
-
-if TYPE_CHECKING:
-    from megatron_disagmoe.transport.dispatch.node import NodeExchange
+from megatron_disagmoe.transport.dispatch.gradients import gradient_spec
+from megatron_disagmoe.transport.dispatch.node import NodeExchange
 
 
 @dataclass(frozen=True)
@@ -167,17 +166,3 @@ class Dispatcher(ABC):
                 f"{hidden.shape[0]} tokens in a micro-batch; buffers were sized for {self.sizes.num_tokens} "
                 f"(--micro-batch-size x --seq-length)"
             )
-
-
-def gradient_spec(spec: MessageSpec) -> MessageSpec:
-    """Spec of the message that carries the gradients of ``spec``'s differentiable sections back."""
-    sections = tuple(section for section in spec.sections if section.differentiable)
-    return MessageSpec(header_length=0, sections=sections)
-
-
-_NO_HEADER = torch.empty(0, dtype=torch.int64)  # one for all: it holds nothing that could be written to
-
-
-def no_header() -> torch.Tensor:
-    """The header of a message whose spec has none."""
-    return _NO_HEADER

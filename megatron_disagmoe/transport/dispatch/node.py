@@ -16,7 +16,7 @@ from megatron_disagmoe.transport.base import (
     TransferKey,
     Transport,
 )
-from megatron_disagmoe.transport.dispatch.base import gradient_spec, no_header
+from megatron_disagmoe.transport.dispatch.gradients import gradient_spec, no_header
 
 #: Steps of a stage that exchange, in order; each has a gradient that runs the other way.
 FAN_OUT, FAN_IN = "FANOUT", "FANIN"

@@ -14,13 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec, Section
-from megatron_disagmoe.transport.dispatch.base import (
-    CombineState,
-    Dispatcher,
-    DispatchSizes,
-    ExpertInput,
-    no_header,
-)
+from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, DispatchSizes, ExpertInput
+from megatron_disagmoe.transport.dispatch.gradients import no_header
 from megatron_disagmoe.transport.dispatch.node import FAN_IN, FAN_OUT, NodeExchange
 from megatron_disagmoe.transport.dispatch.rows import (
     concatenate,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_disagmoe.transport.base import Message, MessageSpec, Section
-from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, ExpertInput, no_header
+from megatron_disagmoe.transport.dispatch.base import CombineState, Dispatcher, ExpertInput
+from megatron_disagmoe.transport.dispatch.gradients import no_header
 from megatron_disagmoe.transport.dispatch.node import NodeExchange
 from megatron_disagmoe.transport.dispatch.rows import (
     expand_rows,
