@@ -161,6 +161,17 @@ def test_messages_are_ordered_beside_second_dispatches_and_lanes(kind: str) -> N
     assert bound <= simulate(ordered, costs).makespan < simulate(plain, costs).makespan
 
 
+def test_what_is_dispatched_again_needs_no_place() -> None:
+    """One FFN group for two attention groups has twice as many stages under way as either, and keeps none of them."""
+    costs = StageCosts(attention=2, ffn=1, transfer=0.8)
+    placement = Placement.round_robin(num_layers=8, num_attention_groups=2, num_ffn_groups=1)
+    plain = builders.build("interleaved-1f1b", placement, num_micro_batches=16, costs=costs)
+    start = begun(plain, costs, again=True)
+    cap = most_live(start.orders, redispatch=True)
+    assert cap < most_live(simulate_orders(Orders.of(plain), costs).orders)
+    assert min(run.makespan for run in improved(start, costs, passes=3, max_live=cap)) <= start.makespan
+
+
 def test_where_messages_cannot_be_ordered() -> None:
     with pytest.raises(ValueError, match="transfers take no time"):
         builders.build(
