@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit
 
 from megatron_disagmoe.builders.folding import progress
+from megatron_disagmoe.builders.search import lives
 from megatron_disagmoe.builders.timetable import NEVER, fit, take
 from megatron_disagmoe.schedules.orders import B, D, F, I, Ints, Orders, PortOrders, W
 from megatron_disagmoe.simulator.costs import StageCosts
@@ -49,10 +50,7 @@ class Gapped:
             after.append(ends[1][both])
         self._before, self._after = np.concatenate(before), np.concatenate(after)
         self._max_live = None if orders.forward_only else max_live
-        # activations begin and end with these: FFN stages that are dispatched again keep theirs from I to W alone
-        kept = ~((orders.stage % 2 == 1) & bool((orders.kind == D).any()))
-        self._takes = np.where(kept, orders.kind == F, orders.kind == I)
-        self._gives = np.where(kept, orders.kind == B, False) | (orders.kind == W)
+        _, self._takes, self._gives = lives(orders, redispatch=bool((orders.kind == D).any()))
         way = 2 * progress(orders)
         self._progress = np.concatenate((way, way[self.transfers.maker] + 1))
         self._rank = self._progress

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_disagmoe.builders.folding import folded
 from megatron_disagmoe.builders.interleaved import Shape, interleaved, padded
@@ -25,6 +26,8 @@ from megatron_disagmoe.simulator.costs import StageCosts
 from megatron_disagmoe.simulator.engine import Floats
 from megatron_disagmoe.simulator.simulate import Run, simulate_orders
 from megatron_disagmoe.simulator.step_bound import step_bound
+
+Flags = NDArray[np.bool_]
 
 #: Actions that a search may simulate: about a second.
 EFFORT = 1_500_000
@@ -91,16 +94,22 @@ class Found:
         return self.run.orders
 
 
-def most_live(orders: Orders, *, redispatch: bool = False) -> int:
-    """The most activations that a group holds at once.
+def lives(orders: Orders, *, redispatch: bool) -> tuple[Flags, Flags, Flags]:
+    """Of every action: whether its stage keeps an activation from forward to backward; whether one begins, and ends.
 
     ``redispatch``: FFN stages hold theirs while they compute only, and between ``I`` and ``W``.
     """
-    if orders.forward_only:
-        return 1
     kept = ~((orders.stage % 2 == 1) & redispatch)
     begins = ((orders.kind == F) & kept) | ((orders.kind == I) & ~kept)
     ends = ((orders.kind == B) & kept) | (orders.kind == W)
+    return kept, begins, ends
+
+
+def most_live(orders: Orders, *, redispatch: bool = False) -> int:
+    """The most activations that a group holds at once; ``redispatch``: as ``lives`` has it."""
+    if orders.forward_only:
+        return 1
+    kept, begins, ends = lives(orders, redispatch=redispatch)
     held = np.concatenate(([0], np.cumsum(begins.astype(np.int64) - ends)))  # every group ends at 0
     passing = ~kept & ((orders.kind == F) | (orders.kind == B))
     return int(max(held.max(), (held[:-1] + passing).max(initial=0)))

@@ -90,18 +90,18 @@ class TorchTransport(Transport):
         layout, to = pair.layout, pair.group_rank
         check_same_spec(channel, peer, layout.spec, spec)
         record = layout.pack(key, pair.sequence, message, rows)
-        tensors = [record] if pair.sequence else [layout.hello(), record]
+        parts = [(groups.host, record, RECORD_TAG)]
+        if pair.sequence == 0:
+            parts.insert(0, (groups.host, layout.hello(), RECORD_TAG))
+        for j, i in enumerate(layout.bodies):
+            if rows[i]:
+                body = message.sections[i].detach().contiguous().view(torch.uint8)
+                parts.append((groups.body, body, FIRST_BODY_TAG + j))
         where = Where(channel, key, self.rank, peer, receiving=False)
-        send = Send(where, tensors, self.timeout_seconds, self._reaper.over)
-        works = send.works
+        send = Send(where, [tensor for _, tensor, _ in parts], self.timeout_seconds, self._reaper.over)
         try:
-            for tensor in tensors:
-                works.append(groups.host.send([tensor], to, RECORD_TAG))
-            for j, i in enumerate(layout.bodies):
-                if rows[i]:
-                    body = message.sections[i].detach().contiguous().view(torch.uint8)
-                    tensors.append(body)
-                    works.append(groups.body.send([body], to, FIRST_BODY_TAG + j))
+            for group, tensor, tag in parts:
+                send.works.append(group.send([tensor], to, tag))
         except RuntimeError as error:
             raise lost(where, send.size, reason(error)) from error
         pair.sequence += 1

@@ -148,7 +148,7 @@ class Layout:
             count = rows[i] * row_bytes
             if count:
                 places.append((i, size, count))
-                size += (count + 7) & -8
+                size += _align(count)
         memory = np.empty(size, np.uint8)
         edge, gradient, layer, micro_batch = key
         header = message.header.tolist() if self.spec.header_length else ()
@@ -191,12 +191,12 @@ class Layout:
         for i, row_bytes, width, dtype, numpy_dtype in self._riding:
             count = rows[i] * row_bytes
             if count:
-                if numpy_dtype is not None:  # half of what two torch calls take
+                if numpy_dtype is not None:  # half of what the two torch calls take
                     sections[i] = torch.from_numpy(np.ndarray((rows[i], width), numpy_dtype, memory, offset))
                 else:
                     flat = torch.frombuffer(memory, dtype=dtype, count=rows[i] * width, offset=offset)
                     sections[i] = flat.view(rows[i], width)
-                offset += (count + 7) & -8
+                offset += _align(count)
         return Message(header, tuple(sections)), rows
 
     def _another(self, where: Where, key: TransferKey, sequence: int, words: tuple[int, ...]) -> TransportError:

@@ -172,6 +172,8 @@ def test_dry_run_gives_every_rank_its_role_and_command(
         assert sorted(int(line.split("LOCAL_RANK=")[1].split()[0]) for line in mine) == list(range(8))
     assert all("--train-iters 10" in line and "--af-plan" in line and "MASTER_ADDR=n0" in line for line in lines)
     assert sum(" F0 " in line for line in lines) == 2 * 16
+    # node 0's launcher serves the store, wherever rank 0 is
+    assert all("TORCHELASTIC_USE_AGENT_STORE=True" in line for line in lines)
 
 
 def test_a_plan_that_does_not_hold_is_refused(
